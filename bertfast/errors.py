@@ -1,0 +1,21 @@
+"""The exceptions that are bertfast's own. Everything else is a built-in that says what was wrong with the input.
+
+`ValueError` (shapes, values), `TypeError` (dtypes, kinds of object) and `IndexError` (token ids, positions)
+keep their usual meaning.
+"""
+
+
+class BertfastError(Exception):
+    """Base of the exceptions below."""
+
+
+class BackendError(BertfastError, RuntimeError):
+    """A backend that was asked for by name cannot run this call."""
+
+
+class CheckpointError(BertfastError, ValueError):
+    """A checkpoint is missing, corrupt, incomplete, or of an unsupported architecture."""
+
+
+class UnsupportedModelError(BertfastError, TypeError):
+    """The object handed to `patch` holds no model that bertfast knows."""

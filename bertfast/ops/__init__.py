@@ -1,0 +1,16 @@
+"""The fused ops on packed tensors, each with a backward. See `bertfast.reference` for what they compute."""
+
+from bertfast.ops.attention import varlen_attention
+from bertfast.ops.embedding import embed_layer_norm
+from bertfast.ops.gelu import bias_gelu
+from bertfast.ops.linear import PackedWeights, linear
+from bertfast.ops.norm import residual_layer_norm
+
+__all__ = [
+    "PackedWeights",
+    "bias_gelu",
+    "embed_layer_norm",
+    "linear",
+    "residual_layer_norm",
+    "varlen_attention",
+]

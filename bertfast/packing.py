@@ -1,0 +1,197 @@
+"""Padded <-> packed: the only copy of this logic.
+
+Packed means that the valid tokens of all sequences lie behind one another in one (tokens, ...) tensor, in the order
+of the rectangle they came from, with `cu_seqlens` marking the borders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a (batch, seq_len) rectangle and its packed tokens map to each other.
+
+    cu_seqlens: (batch + 1,) int32, the borders of the sequences in the packed tensor.
+    indices: (tokens,) int64, where each packed token stands in the flattened rectangle; None where the rectangle has
+        no padding, so that packing is a view.
+    batch, seq_len: the rectangle.
+    lengths: valid tokens of each sequence, on the host.
+    """
+
+    cu_seqlens: Tensor
+    indices: Tensor | None
+    batch: int
+    seq_len: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "Packing":
+        """The packing of a (batch, seq_len) mask, 1 (or True) at valid tokens, 0 at padding: right, left, holes, any.
+
+        Waits for the device once. Raises ValueError / TypeError for another shape, other values, or a dtype that is not
+        bool, integer or floating.
+        """
+        check_mask(mask)
+        batch, seq_len = mask.shape
+        valid = mask if mask.dtype == torch.bool else mask != 0
+        counts = valid.sum(1)
+        *lengths, strange = torch.cat((counts, (mask != valid).sum()[None])).tolist()
+        if strange:
+            raise ValueError(
+                f"attention_mask holds {strange} values that are neither 0 nor 1: a two-dimensional mask says which "
+                "tokens are valid; additive masks are four-dimensional"
+            )
+        tokens = sum(lengths)
+        if tokens == batch * seq_len:
+            return cls.full(batch, seq_len, mask.device)
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
+        torch.cumsum(counts, 0, out=cu_seqlens[1:])
+        indices = valid.flatten().nonzero().flatten()
+        return cls(cu_seqlens, indices, batch, seq_len, tuple(lengths))
+
+    @classmethod
+    def full(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> "Packing":
+        """The packing of a rectangle without padding."""
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
+        return cls(cu_seqlens, None, batch, seq_len, (seq_len,) * batch)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
+        """The packing of sequences of these lengths; its rectangle is right-padded to the longest."""
+        host = torch.tensor([0, *lengths], dtype=torch.int64)
+        if (host < 0).any():
+            raise ValueError(f"lengths must not be negative: {list(lengths)}")
+        seq_len, batch = max(lengths, default=0), len(lengths)
+        if all(n == seq_len for n in lengths):
+            return cls.full(batch, seq_len, device)
+        valid = torch.arange(seq_len)[None] < host[1:, None]
+        indices = valid.flatten().nonzero().flatten().to(device)
+        return cls(host.cumsum(0).int().to(device), indices, batch, seq_len, tuple(lengths))
+
+    @property
+    def tokens(self) -> int:
+        """How many valid tokens there are."""
+        return sum(self.lengths)
+
+    def pack(self, rectangle: Tensor) -> Tensor:
+        """(batch, seq_len, ...) to (tokens, ...); a view where there is no padding."""
+        if rectangle.shape[:2] != (self.batch, self.seq_len):
+            raise ValueError(f"expected ({self.batch}, {self.seq_len}, ...), got a tensor of {tuple(rectangle.shape)}")
+        flat = rectangle.flatten(0, 1)
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+    def pad(self, packed: Tensor, value: float = 0.0) -> Tensor:
+        """(tokens, ...) to (batch, seq_len, ...) with `value` in the padding; a view where there is none."""
+        shape = (self.batch, self.seq_len, *packed.shape[1:])
+        if self.indices is None:
+            return packed.view(shape)
+        flat = packed.new_full((self.batch * self.seq_len, *packed.shape[1:]), value)
+        return flat.index_copy_(0, self.indices, packed).view(shape)
+
+    def position_ids(self) -> Tensor:
+        """The column of each token in the rectangle, (tokens,) int64: BERT's positions count padding."""
+        if self.indices is not None and self.seq_len:
+            return self.indices % self.seq_len
+        return torch.arange(self.seq_len, device=self.cu_seqlens.device).repeat(self.batch)
+
+
+def check_mask(mask: Tensor) -> None:
+    """Raise unless the mask is a (batch, seq_len) tensor of numbers."""
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask must be (batch, seq_len), not of shape {tuple(mask.shape)}")
+    if mask.dtype.is_complex:
+        raise TypeError(f"attention_mask must be bool, integer or floating, not {mask.dtype}")
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch that never was padded: what the model takes in place of `input_ids` and `attention_mask`.
+
+    input_ids, position_ids: (tokens,) int64 of all sequences behind one another. token_type_ids: the same, or None
+    for 0 everywhere. labels: whatever the head wants, or None: (tokens,) for heads that label tokens, (sequences, ...)
+    for heads that label sequences. packing: the borders.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    packing: Packing
+    token_type_ids: Tensor | None = None
+    labels: Tensor | None = None
+
+    @classmethod
+    def from_lists(
+        cls,
+        input_ids: Sequence[Sequence[int]],
+        token_type_ids: Sequence[Sequence[int]] | None = None,
+        labels: Sequence | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "PackedBatch":
+        """The packed batch of token lists, one list a sequence, as a tokenizer gives them without padding.
+
+        labels: one list of as many labels as tokens for each sequence, or one label (a number or a list of numbers) a
+        sequence. Raises ValueError where the lists do not fit one another.
+        """
+        lengths = [len(ids) for ids in input_ids]
+        if token_type_ids is not None and [len(ids) for ids in token_type_ids] != lengths:
+            raise ValueError("token_type_ids must have the lengths of input_ids")
+        packing = Packing.from_lengths(lengths, device)
+        positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.int64)
+        return cls(
+            _concatenate(input_ids).to(device),
+            positions.to(device),
+            packing,
+            None if token_type_ids is None else _concatenate(token_type_ids).to(device),
+            None if labels is None else _labels(labels, lengths).to(device),
+        )
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on another device."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        packing = replace(
+            self.packing, cu_seqlens=move(self.packing.cu_seqlens), indices=move(self.packing.indices)
+        )
+        return PackedBatch(
+            move(self.input_ids), move(self.position_ids), packing, move(self.token_type_ids), move(self.labels)
+        )
+
+
+def _concatenate(lists: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([i for ids in lists for i in ids], dtype=torch.int64)
+
+
+def _labels(labels: Sequence, lengths: list[int]) -> Tensor:
+    if len(labels) != len(lengths):
+        raise ValueError(f"{len(labels)} labels for {len(lengths)} sequences")
+    by_token = [isinstance(row, Sequence) and len(row) == n for row, n in zip(labels, lengths, strict=True)]
+    if labels and all(by_token) and not all(n == 1 for n in lengths):
+        return _concatenate(labels)
+    return torch.tensor(labels)
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Collates a tokenizer's features into a `PackedBatch`, for `torch.utils.data.DataLoader(collate_fn=...)`.
+
+    A feature is a mapping with `input_ids` and, if there, `token_type_ids` and one of `labels` or `label`, lists
+    without padding; `attention_mask`, if there, must be all ones. Anything else in it is an error, so that nothing is
+    dropped in silence.
+    """
+
+    def __call__(self, features: Sequence[dict]) -> PackedBatch:
+        known = {"input_ids", "token_type_ids", "attention_mask", "labels", "label"}
+        if not features:
+            raise ValueError("no features to collate")
+        if unknown := set().union(*features) - known:
+            raise ValueError(f"features hold {sorted(unknown)}, which a PackedBatch has no place for: drop them first")
+        if any(0 in f.get("attention_mask", ()) for f in features):
+            raise ValueError("a feature is padded (its attention_mask has zeros): tokenize with padding=False")
+        columns = {k: [f[k] for f in features] for k in known - {"attention_mask"} if k in features[0]}
+        labels = columns.get("labels", columns.get("label"))
+        return PackedBatch.from_lists(columns["input_ids"], columns.get("token_type_ids"), labels)

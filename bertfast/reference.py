@@ -1,0 +1,174 @@
+"""Every op in plain PyTorch: the written specification, the test oracle, and the fallback everywhere.
+
+Shapes: T tokens of all sequences behind one another, H hidden, A heads, D head size, B sequences. Statistics,
+softmax and activations are computed in float32 (float64 for float64 input) and rounded once, to the input's
+dtype, at the end. All functions are differentiable by autograd.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PHILOX_ROUNDS = 7  # the fewest that pass BigCrush: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers", table 2
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW_32 = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, counter: Sequence[Tensor]) -> list[Tensor]:
+    """Philox4x32-7: four words of 32 random bits for each counter.
+
+    seed: (1,) int64, its halves are the key. counter: four broadcastable int64 tensors of 32-bit words. Returns
+    four int64 tensors in [0, 2^32). Source: Salmon et al. 2011.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
+    for _ in range(PHILOX_ROUNDS):
+        # The 64-bit products wrap around as int64, which leaves their bits right.
+        left, right = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((right >> 32) & _LOW_32) ^ c1 ^ k0,
+            right & _LOW_32,
+            ((left >> 32) & _LOW_32) ^ c3 ^ k1,
+            left & _LOW_32,
+        )
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _LOW_32, (k1 + _PHILOX_WEYL[1]) & _LOW_32
+    return [c0, c1, c2, c3]
+
+
+def dropout_threshold(p: float) -> int:
+    """The dropout probability in units of 2^-16: an element is dropped where its 16 random bits are below it."""
+    return min(round(p * 65536), 65535)
+
+
+def dropout_multiplier(seed: Tensor, p: float, columns: int, counter: Sequence[Tensor]) -> Tensor:
+    """0 for a dropped element and 1 / (1 - p) for a kept one, p rounded to a multiple of 2^-16.
+
+    One Philox call serves eight neighbouring columns, so that its cost is one call per 16 bytes of a half
+    precision tensor: element `column` takes 16-bit lane column % 8 of counter (column // 8, *counter), low
+    halves of the words first. counter: three int64 tensors that broadcast to the leading shape, with a last axis
+    of size 1. Returns (*leading, columns) float32.
+    """
+    groups = torch.arange((columns + 7) // 8, device=seed.device)
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, (groups, *counter))), dim=-1)
+    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)[..., :columns]
+    threshold = dropout_threshold(p)
+    return (lanes >= threshold).float() * (65536 / (65536 - threshold))
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x * m / (1 - p), m ~ Bernoulli(1 - p) from the counter (column, row). x: (rows, columns)."""
+    if p == 0.0 or seed is None:
+        return x
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    multiplier = dropout_multiplier(seed, p, x.shape[1], (rows & _LOW_32, rows >> 32, torch.zeros_like(rows)))
+    return x * multiplier.to(x.dtype)
+
+
+def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the precision that statistics are computed in: float32, or float64 where they are that."""
+    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, var biased. Source: Ba et al. 2016."""
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred * torch.rsqrt(variance + eps) * weight + bias
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])): (T, H).
+
+    Ids: (T,) int64, token_type_ids None means 0 everywhere. Tables: (vocabulary, H), (positions, H), (types, H).
+    """
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    rows = [F.embedding(i, t) for i, t in ((input_ids, word), (position_ids, position), (types, token_type))]
+    w, p, t, gamma, beta = _wide(*rows, weight, bias)
+    return dropout(layer_norm(w + t + p, gamma, beta, eps), dropout_p, seed).to(word.dtype)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(dropout(x + x_bias) + residual). x, residual: (T, H); weight, bias, x_bias: (H,). Returns (T, H)."""
+    y, r, gamma, beta, b = _wide(x, residual, weight, bias, x_bias)
+    if b is not None:
+        y = y + b
+    return layer_norm(dropout(y, dropout_p, seed) + r, gamma, beta, eps).to(x.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """GELU(x + bias), GELU(u) = u Phi(u) = u (1 + erf(u / sqrt 2)) / 2. x: (T, F), bias: (F,). Returns (T, F).
+
+    approximate="tanh": u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2. Source: Hendrycks & Gimpel 2016.
+    """
+    u, b = _wide(x, bias)
+    if b is not None:
+        u = u + b
+    if approximate == "tanh":
+        y = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    else:
+        y = 0.5 * u * (1 + torch.erf(u * math.sqrt(0.5)))
+    return y.to(x.dtype)
+
+
+def varlen_attention(
+    qkv: Tensor, cu_seqlens: Tensor, scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """dropout(softmax(scale q k^T)) v inside each sequence, heads apart. qkv: (T, 3, A, D). Returns (T, A, D).
+
+    cu_seqlens: (B + 1,) int32; the tokens of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1], lengths of 0
+    allowed. scale defaults to 1 / sqrt(D). Source: Vaswani et al. 2017.
+    """
+    heads, size = qkv.shape[2:]
+    scale = size**-0.5 if scale is None else scale
+    (wide,) = _wide(qkv)
+    outputs = []
+    borders = cu_seqlens.tolist()
+    for b, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+        q, k, v = wide[start:end].permute(1, 2, 0, 3)  # (A, S, D) each
+        p = torch.softmax((q @ k.transpose(1, 2)) * scale, dim=-1)
+        if dropout_p > 0.0 and seed is not None:
+            query = torch.arange(end - start, device=qkv.device)[:, None]
+            head = torch.arange(heads, device=qkv.device)[:, None, None]
+            counter = (query, head, torch.full_like(query, b))
+            p = p * dropout_multiplier(seed, dropout_p, end - start, counter).to(p.dtype)
+        outputs.append((p @ v).transpose(0, 1))
+    return torch.cat(outputs).to(qkv.dtype) if outputs else qkv[:, 0]
+
+
+def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), activation: str = "none") -> Tensor:
+    """activation(x [W1; W2; ...]^T + [b1; b2; ...]). x: (T, K), weights: (N_i, K), biases: (N_i,) or none at all.
+
+    activation: "none", "gelu" (erf form) or "gelu_tanh". Returns (T, sum N_i).
+    """
+    weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(list(biases))
+    y = F.linear(x, weight, bias)
+    if activation == "none":
+        return y
+    return bias_gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -1,0 +1,300 @@
+// Attention inside each sequence of an unpadded batch: O = dropout(softmax(scale Q K^T)) V, and its backward.
+//
+// The unit of work is one head of one sequence (for a long sequence, some of its queries): its K and V are packed
+// once into this thread's scratch and stay in cache, and queries pass over them in blocks of rows. A row of scores
+// of a BERT-sized sequence is a few KiB, so the softmax sees whole rows and needs no running maximum:
+//
+//     forward                                       backward
+//       S = Q (scale K)^T                             S = Q (scale K)^T             dP = dO V^T
+//       P = exp(S - max)                              P = exp(S - lse)              M = dropout multipliers
+//       O = (P M) V / sum(P)                          dS = P (dP M - delta)         delta = rowsum(dO O)
+//       lse = max + log(sum(P))                       dV += (P M)^T dO,  dK += scale dS^T Q,  dQ = scale dS K
+//
+// The products run in registers (attention_gemm.h), everything between loading and storing is float32, and each
+// thread writes only rows that are its own. A query's arithmetic depends on its own sequence alone, and the
+// sums over queries run in one order: results are the same bits for any number of threads and any neighbours.
+#include <math.h>
+#include <stdlib.h>
+
+#include "attention_gemm.h"
+#include "dropout.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace bertfast::BERTFAST_ISA {
+namespace {
+
+enum Slot { buffer_slot, plan_slot };
+
+// A long sequence is cut into items of at least this many queries. Each packs K and V anew, which costs as much
+// as about three queries.
+constexpr int64_t queries_per_item = 128;
+
+// The backward's block of queries, and the largest of the forward. It is the depth of the products that make dK
+// and dV, whose tiles are read and written once per block.
+constexpr int64_t max_rows = 8 * tile_rows;
+
+// The forward's block of queries: as many whole tiles as keep its scores near the L1 cache, but enough of them
+// to reuse a panel of K that came from farther away.
+int64_t forward_rows(int64_t length) {
+    const int64_t rows = 8192 / length / tile_rows * tile_rows;
+    return rows < 2 * tile_rows ? 2 * tile_rows : rows > max_rows ? max_rows : rows;
+}
+
+// Rows of scores are one vector longer than they need be: at a power of two apart, walking down a column (which
+// is how the transposed products read them) would use only a few sets of the cache.
+int64_t score_stride(int64_t length) { return round_up(length, lanes) + lanes; }
+
+struct Region {
+    float** pointer;
+    int64_t size;
+};
+
+// Lays the regions one behind another in this thread's scratch, each on a cache line.
+template <int n>
+void allocate(const Region (&regions)[n]) {
+    constexpr int64_t line = 16;
+    int64_t total = 0;
+    for (const Region& region : regions) total += round_up(region.size, line);
+    float* next = scratch<float>(buffer_slot, total);
+    for (const Region& region : regions) {
+        *region.pointer = next;
+        next += round_up(region.size, line);
+    }
+}
+
+struct Sequence {
+    int64_t index, start, length;
+    int64_t blocks;                   // of queries, for each head
+    int64_t first_item;
+};
+
+struct Plan {
+    const Sequence* sequences;
+    int64_t count, items;
+};
+
+// One head of one sequence, and the queries [first, last) of it.
+struct Item {
+    int64_t sequence, start, length, head, first, last;
+};
+
+int longest_first(const void* left, const void* right) {
+    const Sequence &a = *static_cast<const Sequence*>(left), &b = *static_cast<const Sequence*>(right);
+    if (a.length != b.length) return a.length > b.length ? -1 : 1;
+    return a.index < b.index ? -1 : 1;
+}
+
+// Long sequences come first, so that what the last threads are still busy with is short.
+Plan make_plan(const VarlenAttention& a, bool split_queries) {
+    Sequence* sequences = scratch<Sequence>(plan_slot, a.sequences);
+    Plan plan = {sequences, 0, 0};
+    for (int64_t i = 0; i < a.sequences; ++i) {
+        const int64_t start = a.cu_seqlens[i], length = a.cu_seqlens[i + 1] - start;
+        const bool split = split_queries && length >= 2 * queries_per_item;
+        if (length > 0) sequences[plan.count++] = {i, start, length, split ? length / queries_per_item : 1, 0};
+    }
+    qsort(sequences, static_cast<size_t>(plan.count), sizeof(Sequence), longest_first);
+    for (Sequence* s = sequences; s < sequences + plan.count; ++s) {
+        s->first_item = plan.items;
+        plan.items += a.heads * s->blocks;
+    }
+    return plan;
+}
+
+Item find_item(const Plan& plan, int64_t i) {
+    int64_t low = 0, high = plan.count;  // sequences[low].first_item <= i < sequences[high].first_item
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (plan.sequences[middle].first_item <= i ? low : high) = middle;
+    }
+    const Sequence& s = plan.sequences[low];
+    const int64_t head = (i - s.first_item) / s.blocks, block = (i - s.first_item) % s.blocks;
+    return {s.index, s.start, s.length, head, block * s.length / s.blocks, (block + 1) * s.length / s.blocks};
+}
+
+// Row 0 of an item's Q, K and V.
+template <class T>
+struct Parts {
+    const T *q, *k, *v;
+
+    Parts(const VarlenAttention& a, const Item& item)
+        : q(static_cast<const T*>(a.qkv) + item.start * a.token_stride + item.head * a.head_stride),
+          k(q + a.part_stride),
+          v(k + a.part_stride) {}
+};
+
+// Rows of one head lie a whole token apart, most of them on a page of their own, where no hardware prefetcher
+// follows. Asking for many at once before packing them halves the time that they take from L3.
+template <class T>
+void prefetch(const T* src, int64_t stride, int64_t rows, int64_t cols) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; j += line) __builtin_prefetch(src + i * stride + j, 0, 2);
+}
+
+// dst[0, n) = factor * src[0, n)
+template <class T>
+void store_row(T* dst, const float* src, int64_t n, float factor) {
+    int64_t j = 0;
+    for (; j + lanes <= n; j += lanes) store(dst + j, splat(factor) * load(src + j));
+    if (j < n) store(dst + j, splat(factor) * load(src + j), static_cast<int>(n - j));
+}
+
+template <class T>
+float dot(const T* x, const float* y, int64_t n) {
+    Vec sum = {};
+    int64_t j = 0;
+    for (; j + lanes <= n; j += lanes) sum = fma(load(x + j), load(y + j), sum);
+    if (j < n) sum = fma(load(x + j, static_cast<int>(n - j)), load(y + j), sum);
+    return reduce_add(sum);
+}
+
+void draw_multipliers(const VarlenAttention& a, const Item& item, int64_t query, float* multiplier) {
+    dropout_multipliers(a.dropout, static_cast<uint32_t>(query), static_cast<uint32_t>(item.head),
+                        static_cast<uint32_t>(item.sequence), 0, multiplier, item.length);
+}
+
+struct RowStatistics {
+    float max, sum;
+};
+
+// scores[0, n) = exp(scores - max), and their sum. Columns up to the next multiple of `lanes` become 0.
+RowStatistics exponentiate(float* scores, int64_t n) {
+    if (const int tail = static_cast<int>(n % lanes)) store(scores + n - tail, load(scores + n - tail, tail, -INFINITY));
+    Vec top = load(scores);
+    for (int64_t j = lanes; j < n; j += lanes) top = max(load(scores + j), top);
+    const float row_max = reduce_max(top);
+    Vec sum = {};
+    for (int64_t j = 0; j < n; j += lanes) {
+        const Vec p = exp(load(scores + j) - row_max);
+        store(scores + j, p);
+        sum += p;
+    }
+    return {row_max, reduce_add(sum)};
+}
+
+template <class T>
+void forward_item(const VarlenAttention& a, const Item& item) {
+    const int64_t length = item.length, size = a.head_size, width = round_up(size, lanes);
+    const int64_t block = forward_rows(length), stride = score_stride(length);
+    float *k_transposed, *v, *q, *p, *o, *multiplier;
+    allocate({{&k_transposed, size * round_up(length, tile_cols)},
+              {&v, length * width},
+              {&q, block * width},
+              {&p, block * stride},
+              {&o, block * width},
+              {&multiplier, stride}});
+
+    const Parts<T> parts(a, item);
+    prefetch(parts.k, a.token_stride, length, size);
+    prefetch(parts.v, a.token_stride, length, size);
+    const MatrixB k = pack_transposed(parts.k, a.token_stride, length, size, a.scale, k_transposed);
+    pack(parts.v, a.token_stride, length, size, v);
+    T* const out = static_cast<T*>(a.out) + (item.start * a.heads + item.head) * size;
+    float* const lse = a.lse ? a.lse + item.head * a.tokens + item.start : nullptr;
+
+    float sums[max_rows];
+    for (int64_t first = item.first; first < item.last; first += block) {
+        const int64_t rows = item.last - first < block ? item.last - first : block;
+        prefetch(parts.q + first * a.token_stride, a.token_stride, rows, size);
+        pack(parts.q + first * a.token_stride, a.token_stride, rows, size, q);
+        prefetch(out + first * a.heads * size, a.heads * size, rows, size);
+        multiply(rows, length, size, {q, width, 1}, k, {p, stride});
+        for (int64_t i = 0; i < rows; ++i) {
+            const RowStatistics row = exponentiate(p + i * stride, length);
+            sums[i] = row.sum;
+            if (lse) lse[first + i] = row.max + logf(row.sum);
+            if (a.dropout.threshold) {
+                draw_multipliers(a, item, first + i, multiplier);
+                for (int64_t j = 0; j < length; j += lanes)
+                    store(p + i * stride + j, load(p + i * stride + j) * load(multiplier + j));
+            }
+        }
+        multiply(rows, size, length, {p, stride, 1}, row_major(v, width), {o, width});
+        for (int64_t i = 0; i < rows; ++i)
+            store_row(out + (first + i) * a.heads * size, o + i * width, size, 1 / sums[i]);
+    }
+}
+
+// The backward's elementwise part, for one query. On entry p holds scores and ds holds dO V^T; on exit p holds the
+// probabilities after dropout and ds the gradient of the scores.
+void row_gradient(float* p, float* ds, const float* multiplier, int64_t n, float lse, float delta) {
+    for (int64_t j = 0; j < n; j += lanes) {
+        const Vec probability = exp(load(p + j) - lse), factor = load(multiplier + j);
+        store(ds + j, probability * (load(ds + j) * factor - delta));
+        store(p + j, probability * factor);
+    }
+}
+
+template <class T>
+void backward_item(const VarlenAttentionBackward& b, const Item& item) {
+    const VarlenAttention& a = b.forward;
+    const int64_t length = item.length, size = a.head_size, width = round_up(size, lanes);
+    const int64_t block = max_rows, stride = score_stride(length);
+    float *k_transposed, *v_transposed, *k, *q, *dout, *p, *ds, *dq, *dk, *dv, *multiplier;
+    allocate({{&k_transposed, size * round_up(length, tile_cols)},
+              {&v_transposed, size * round_up(length, tile_cols)},
+              {&k, length * width},
+              {&q, block * width},
+              {&dout, block * width},
+              {&p, block * stride},
+              {&ds, block * stride},
+              {&dq, block * width},
+              {&dk, length * width},
+              {&dv, length * width},
+              {&multiplier, stride}});
+
+    const Parts<T> parts(a, item);
+    const MatrixB kt = pack_transposed(parts.k, a.token_stride, length, size, a.scale, k_transposed);
+    const MatrixB vt = pack_transposed(parts.v, a.token_stride, length, size, 1, v_transposed);
+    pack(parts.k, a.token_stride, length, size, k);
+    for (int64_t j = 0; j < stride; ++j) multiplier[j] = 1;
+
+    const int64_t row_size = a.heads * size, offset = item.start * row_size + item.head * size;
+    const T* const o_rows = static_cast<const T*>(a.out) + offset;
+    const T* const dout_rows = static_cast<const T*>(b.dout) + offset;
+    T* const dq_rows = static_cast<T*>(b.dqkv) + (item.start * 3 * a.heads + item.head) * size;
+    const float* const lse = a.lse + item.head * a.tokens + item.start;
+
+    for (int64_t first = 0; first < length; first += block) {
+        const int64_t rows = length - first < block ? length - first : block;
+        pack(parts.q + first * a.token_stride, a.token_stride, rows, size, q);
+        pack(dout_rows + first * row_size, row_size, rows, size, dout);
+        multiply(rows, length, size, {q, width, 1}, kt, {p, stride});
+        multiply(rows, length, size, {dout, width, 1}, vt, {ds, stride});
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t query = first + i;
+            if (a.dropout.threshold) draw_multipliers(a, item, query, multiplier);
+            const float delta = dot(o_rows + query * row_size, dout + i * width, size);
+            row_gradient(p + i * stride, ds + i * stride, multiplier, length, lse[query], delta);
+        }
+        const bool accumulate = first > 0;
+        multiply(length, size, rows, {p, 1, stride}, row_major(dout, width), {dv, width}, accumulate);
+        multiply(length, size, rows, {ds, 1, stride}, row_major(q, width), {dk, width}, accumulate);
+        multiply(rows, size, length, {ds, stride, 1}, row_major(k, width), {dq, width});
+        for (int64_t i = 0; i < rows; ++i)
+            store_row(dq_rows + (first + i) * 3 * row_size, dq + i * width, size, a.scale);
+    }
+    for (int64_t j = 0; j < length; ++j) {
+        T* const row = dq_rows + j * 3 * row_size;
+        store_row(row + row_size, dk + j * width, size, a.scale);
+        store_row(row + 2 * row_size, dv + j * width, size, 1);
+    }
+}
+
+}  // namespace
+
+void varlen_attention_fwd(const VarlenAttention& a, int threads) {
+    const Plan plan = make_plan(a, true);
+    const auto run = a.dtype == DType::float32 ? forward_item<float> : forward_item<bfloat16>;
+    parallel_for(plan.items, threads, [&](int64_t i) { run(a, find_item(plan, i)); });
+}
+
+void varlen_attention_bwd(const VarlenAttentionBackward& b, int threads) {
+    const Plan plan = make_plan(b.forward, false);
+    const auto run = b.forward.dtype == DType::float32 ? backward_item<float> : backward_item<bfloat16>;
+    parallel_for(plan.items, threads, [&](int64_t i) { run(b, find_item(plan, i)); });
+}
+
+}  // namespace bertfast::BERTFAST_ISA

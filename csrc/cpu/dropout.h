@@ -1,0 +1,79 @@
+// The random bits of dropout: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+//
+// Key: the seed's two halves. Counter: (column / 8, c1, c2, c3), where (c1, c2, c3) is (row, row >> 32, 0) in a
+// [rows, columns] tensor and (query, head, sequence) in attention, whose columns are the keys. The four words of
+// one counter are the 16-bit numbers of eight neighbouring columns, lower half first. Every backend draws the
+// same bits, so that a mask is the same on any device and is recomputed in the backward rather than stored.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace bertfast::BERTFAST_ISA {
+
+// Counters go two 32-bit words to a 64-bit lane: the multiplier reads the lower half of a lane and fills all of
+// it, so a round needs no shuffles. Upper halves hold leftovers that nothing reads.
+typedef uint64_t VecLong __attribute__((vector_size(4 * lanes)));
+constexpr int counters = lanes / 2;
+
+BERTFAST_INLINE VecLong multiply_lower(VecLong a, uint32_t b) {
+#if defined(__AVX512F__)
+    return (VecLong)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+    return (VecLong)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+    return (VecLong)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+    return (a & 0xffffffffu) * b;
+#endif
+}
+
+// The 16-bit numbers of `counters` counters, the first of which is (c0, c1, c2, c3), in column order.
+BERTFAST_INLINE void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                            uint16_t numbers[8 * counters]) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    VecLong x0, x1 = VecLong{} + c1, x2 = VecLong{} + c2, x3 = VecLong{} + c3;
+    for (int i = 0; i < counters; ++i) x0[i] = static_cast<uint32_t>(c0 + i);
+    for (int round = 0; round < 7; ++round) {
+        const VecLong product0 = multiply_lower(x0, 0xD2511F53u), product1 = multiply_lower(x2, 0xCD9E8D57u);
+        x0 = (product1 >> 32) ^ x1 ^ key0;
+        x1 = product1;
+        x2 = (product0 >> 32) ^ x3 ^ key1;
+        x3 = product0;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    const VecLong first = (x0 & 0xffffffffu) | (x1 << 32), second = (x2 & 0xffffffffu) | (x3 << 32);
+    for (int i = 0; i < counters; ++i) {
+        const uint64_t pair[2] = {first[i], second[i]};
+        std::memcpy(numbers + 8 * i, pair, sizeof pair);
+    }
+}
+
+// out[j] = 0 where column `first_column` + j is dropped, else 65536 / (65536 - threshold), for j in [0, n).
+// first_column is a multiple of 8.
+BERTFAST_INLINE void dropout_multipliers(Dropout dropout, uint32_t c1, uint32_t c2, uint32_t c3, int64_t first_column,
+                                         float* out, int64_t n) {
+    const Vec scale = splat(65536.0f / static_cast<float>(65536u - dropout.threshold));
+    const VecI threshold = VecI{} + static_cast<int32_t>(dropout.threshold);
+    alignas(64) uint16_t numbers[8 * counters];
+    for (int64_t j = 0; j < n; j += 8 * counters) {
+        philox(dropout.seed, static_cast<uint32_t>((first_column + j) / 8), c1, c2, c3, numbers);
+        for (int i = 0; i < 8 * counters && j + i < n; i += lanes) {
+            VecHalf drawn;
+            std::memcpy(&drawn, numbers + i, sizeof drawn);
+            const Vec multiplier = __builtin_convertvector(drawn, VecI) < threshold ? Vec{} : scale;
+            if (n - j - i >= lanes)
+                store(out + j + i, multiplier);
+            else
+                store(out + j + i, multiplier, static_cast<int>(n - j - i));
+        }
+    }
+}
+
+// The multipliers of row `row` of a [rows, columns] tensor.
+BERTFAST_INLINE void dropout_row(Dropout dropout, int64_t row, float* out, int64_t columns) {
+    dropout_multipliers(dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), 0, 0, out, columns);
+}
+
+}  // namespace bertfast::BERTFAST_ISA

@@ -1,0 +1,126 @@
+"""Builds the native modules `bertfast._cpu` and `bertfast._cuda`; everything else is in pyproject.toml.
+
+Neither needs PyTorch to build. Both are optional: where the compiler is missing or fails, bertfast installs
+without them, says so, and runs in PyTorch. BERTFAST_CPU / BERTFAST_CUDA = 1 makes such a failure an error, and
+= 0 skips the build. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meanings.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+
+# One object of each kernel file per instruction set: see csrc/cpu/isa.h.
+X86_ISAS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512".split(),
+    "avx2": "-mavx2 -mfma -mf16c".split(),
+}
+KERNELS = ("attention", "embedding", "gelu", "norm")
+# No -ffast-math: NaN, infinities and the order of sums are part of the results.
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -DNDEBUG".split()
+
+
+class Object(NamedTuple):
+    """One file to compile: `command` lacks only the source, the output and the dependency file."""
+
+    name: str
+    source: Path
+    command: list[str]
+
+
+class Unavailable(Exception):
+    """Why a module cannot be built here."""
+
+
+def cxx() -> list[str]:
+    """The C++ compiler: $CXX, or the first of the usual names that exists."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in map(shlex.split, names):
+        if shutil.which(command[0]):
+            return command
+    raise Unavailable(f"no C++ compiler ({', '.join(names)}) was found")
+
+
+def link_command() -> list[str]:
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    return [*cxx(), *shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
+
+
+def python_includes() -> list[str]:
+    import pybind11
+
+    return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+
+
+def cpu() -> tuple[list[Object], list[str]]:
+    """The objects of `_cpu` and the command that links them."""
+    if sys.platform == "win32":
+        raise Unavailable("the CPU kernels are written for GCC and Clang")
+    compile_ = [*cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    isas = {**(X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {}), "baseline": []}
+    objects = [
+        Object(f"{kernel}.{isa}", CSRC / "cpu" / f"{kernel}.cpp", [*compile_, *flags, f"-DBERTFAST_ISA={isa}"])
+        for kernel in KERNELS
+        for isa, flags in isas.items()
+    ]
+    objects += [Object(name, CSRC / "cpu" / f"{name}.cpp", compile_) for name in ("dispatch", "parallel")]
+    objects.append(Object("cpu_bindings", CSRC / "cpu_bindings.cpp", [*compile_, *python_includes()]))
+    return objects, link_command()
+
+
+MODULES = {"bertfast._cpu": (cpu, "BERTFAST_CPU")}
+
+
+def ninja(directory: Path, objects: list[Object], link: list[str], target: Path) -> None:
+    """Compiles and links with ninja, which rebuilds only what changed and runs MAX_JOBS compilers at once."""
+    quote = str.maketrans({"$": "$$", " ": "$ ", ":": "$:"})
+    path = lambda p: str(p).translate(quote)  # noqa: E731
+    command = lambda words: shlex.join(words).replace("$", "$$")  # noqa: E731
+    lines = [
+        "rule compile\n  command = $run -MMD -MF $out.d -c $in -o $out\n  deps = gcc\n  depfile = $out.d",
+        "rule link\n  command = $run $in -o $out",
+    ]
+    lines += [f"build {o.name}.o: compile {path(o.source)}\n  run = {command(o.command)}" for o in objects]
+    inputs = " ".join(f"{o.name}.o" for o in objects)
+    lines.append(f"build {path(target)}: link {inputs}\n  run = {command(link)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "build.ninja").write_text("\n".join(lines) + "\n")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(directory), *jobs], check=True)
+
+
+class BuildNative(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        describe, variable = MODULES[extension.name]
+        # Beside the sources rather than in pip's temporary directory, so that a second install compiles nothing.
+        directory = ROOT / "build" / f"{extension.name}-{sysconfig.get_config_var('SOABI')}"
+        try:
+            ninja(directory, *describe(), Path(self.get_ext_fullpath(extension.name)).resolve())
+        except (Unavailable, OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get(variable) == "1":
+                raise SystemExit(f"{variable}=1, but {extension.name} was not built: {error}") from error
+            # An optional extension's CompileError is a warning to setuptools, which goes on without the module.
+            raise CompileError(f"{error}. NOTICE: bertfast will run without {extension.name}, in PyTorch.") from error
+
+
+setup(
+    ext_modules=[
+        Extension(name, sources=[], optional=True)
+        for name, (_, variable) in MODULES.items()
+        if os.environ.get(variable) != "0"
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,85 @@
+"""bias_gelu against the reference in float64."""
+
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from bertfast import reference
+from bertfast.ops import bias_gelu
+
+SHAPES = [(0, 8), (1, 1), (1, 3072), (3, 17), (65, 1248), (130, 96), (257, 5)]
+DTYPES = [torch.float32, torch.bfloat16]
+APPROXIMATIONS = ["none", "tanh"]
+
+
+def make_inputs(rows, columns, dtype):
+    return [2 * torch.randn(rows, columns, dtype=dtype), torch.randn(columns, dtype=dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parity_in_both_directions(implementation, shape, approximate, dtype):
+    parity.check_gradients(
+        lambda x, bias: bias_gelu(x, bias, approximate=approximate),
+        lambda x, bias: reference.bias_gelu(x, bias, approximate),
+        lambda x, bias: F.gelu(x + bias, approximate=approximate),
+        make_inputs(*shape, dtype),
+        ("x", "bias"),
+        rows=shape[0],
+    )
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_every_size_of_argument(native_implementation, approximate):
+    x = torch.cat((torch.linspace(-12, 12, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e30, -1e30])))
+    x = x[None].requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    out, gold = bias_gelu(x, approximate=approximate), reference.bias_gelu(wide, approximate=approximate)
+    assert ((out.double() - gold).abs() / gold.abs().clamp(min=1)).max() < 1e-6
+    (dx,), (dgold,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(F.gelu(wide, approximate=approximate).sum(), wide)
+    assert (dx.double() - dgold).abs().max() < 2e-6
+
+
+def test_nan_and_infinity(native_implementation):
+    out = bias_gelu(torch.tensor([[float("nan"), float("inf"), 1.0]]))
+    assert out[0, 0].isnan() and out[0, 1] == float("inf") and out[0, 2].isfinite()
+
+
+def test_non_contiguous_and_no_bias(implementation):
+    x, _ = make_inputs(20, 64, torch.float32)
+    assert torch.equal(bias_gelu(x.t().contiguous().t()), bias_gelu(x))
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_opcheck(implementation, approximate):
+    x, bias = (t.requires_grad_() for t in make_inputs(5, 33, torch.float32))
+    opcheck(torch.ops.bertfast.bias_gelu, (x, bias, approximate))
+    opcheck(torch.ops.bertfast.bias_gelu, (x, None, approximate))
+    opcheck(torch.ops.bertfast.bias_gelu_backward, (torch.randn(5, 33), x.detach(), bias.detach(), approximate))
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_gradcheck_of_the_reference(approximate):
+    inputs = [t.requires_grad_() for t in make_inputs(4, 7, torch.float64)]
+    assert torch.autograd.gradcheck(lambda x, b: reference.bias_gelu(x, b, approximate), inputs)
+
+
+def test_compiles_whole_and_once_for_all_lengths(compiles_once):
+    compiles_once(lambda rows: make_inputs(rows, 48, torch.float32), bias_gelu)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"x": torch.zeros(4)}, ValueError, "tokens, features"),
+        ({"x": torch.zeros(2, 4), "bias": torch.zeros(3)}, ValueError, "bias has shape"),
+        ({"x": torch.zeros(2, 4), "bias": torch.zeros(4).double()}, TypeError, "bias is torch.float64"),
+        ({"x": torch.zeros(2, 4), "approximate": "sigmoid"}, ValueError, "sigmoid"),
+    ],
+)
+def test_bad_input(arguments, error, words):
+    with pytest.raises(error, match=words):
+        bias_gelu(**arguments)

@@ -1,0 +1,143 @@
+"""residual_layer_norm against the reference in float64."""
+
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from bertfast import reference
+from bertfast.ops import residual_layer_norm
+
+EPS = 1e-12
+# Rows: none, one, a few, more than a block of rows of any kernel. Columns: one, less than a vector, odd tails,
+# MiniLM, BERT-base, BERT-large.
+SHAPES = [(0, 64), (1, 1), (1, 768), (3, 17), (5, 312), (65, 384), (130, 768), (33, 1024), (257, 3)]
+DTYPES = [torch.float32, torch.bfloat16]
+NAMES = ("x", "residual", "weight", "bias", "x_bias")
+
+
+def make_inputs(rows, columns, dtype):
+    x, residual = torch.randn(2, rows, columns, dtype=dtype)
+    weight, bias, x_bias = 1 + torch.randn(columns, dtype=dtype) / 2, *torch.randn(2, columns, dtype=dtype)
+    return [x, residual * 3 + 1, weight, bias, x_bias]
+
+
+def op(x, residual, weight, bias, x_bias, p=0.0, seed=None):
+    return residual_layer_norm(x, residual, weight, bias, EPS, x_bias=x_bias, dropout_p=p, seed=seed)
+
+
+def gold(x, residual, weight, bias, x_bias, p=0.0, seed=None):
+    return reference.residual_layer_norm(x, residual, weight, bias, EPS, x_bias, p, seed)
+
+
+def plain(x, residual, weight, bias, x_bias, p=0.0, seed=None):
+    y = reference.dropout(x + x_bias, p, seed)
+    return F.layer_norm(y + residual, weight.shape, weight, bias, EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parity_in_both_directions(implementation, shape, dtype):
+    inputs = make_inputs(*shape, dtype)
+    if shape[1] == 1:  # the norm of one value is its bias, and its gradient is rounding noise over sqrt(eps)
+        parity.check(op(*inputs), gold(*(t.double() for t in inputs)), plain(*inputs))
+        return
+    parity.check_gradients(op, gold, plain, inputs, NAMES, rows=shape[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_parity_in_both_directions(implementation, p, dtype):
+    seed = torch.tensor([-0x123456789ABCDEF])
+    inputs = make_inputs(37, 100, dtype)
+    functions = [lambda *t, f=f: f(*t, p, seed) for f in (op, gold, plain)]
+    parity.check_gradients(*functions, inputs, NAMES, rows=37)
+
+
+def test_dropout_is_seeded_by_torch():
+    inputs = make_inputs(64, 64, torch.float32)
+    torch.manual_seed(1)
+    first, second = op(*inputs, p=0.3), op(*inputs, p=0.3)
+    torch.manual_seed(1)
+    assert torch.equal(first, op(*inputs, p=0.3)) and not torch.equal(first, second)
+
+
+def test_leaves_what_was_given_and_no_x_bias(implementation):
+    inputs = make_inputs(9, 48, torch.float32)
+    copies = [t.clone() for t in inputs]
+    out = residual_layer_norm(*inputs[:4], EPS)
+    parity.check(out, gold(*(t.double() for t in inputs[:4]), None))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+def test_non_contiguous(implementation):
+    x, residual, *vectors = make_inputs(20, 64, torch.float32)
+    wide = torch.randn(20, 128)
+    wide[:, ::2] = x
+    assert torch.equal(op(wide[:, ::2], residual.t().contiguous().t(), *vectors), op(x, residual, *vectors))
+
+
+def test_extreme_rows(native_implementation):
+    weight, bias = torch.ones(40), torch.zeros(40)
+    constant = torch.full((2, 40), 7.0)
+    assert torch.equal(residual_layer_norm(constant, constant, weight, bias), torch.zeros(2, 40))
+    offset, zero = torch.randn(3, 40) + 1e4, torch.zeros(3, 40)
+    wide = [t.double() for t in (offset, zero, weight, bias)]
+    error = residual_layer_norm(offset, zero, weight, bias, EPS) - reference.residual_layer_norm(*wide, EPS)
+    assert error.abs().max() < 2e-3  # two roundings of the mean; E[x^2] - E[x]^2 would be off by more than 1
+    x = torch.randn(3, 40)
+    x[1, 5] = float("nan")
+    out = residual_layer_norm(x, torch.zeros(3, 40), weight, bias)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+def test_same_bits_whatever_the_threads(native_implementation):
+    inputs = [t.requires_grad_() for t in make_inputs(300, 96, torch.float32)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            out = op(*inputs, p=0.1, seed=torch.tensor([3]))
+            results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_opcheck(implementation, p):
+    x, residual, weight, bias, x_bias = (t.requires_grad_() for t in make_inputs(6, 24, torch.float32))
+    seed = torch.tensor([5]) if p else None
+    opcheck(torch.ops.bertfast.residual_layer_norm, (x, residual, weight, bias, x_bias, EPS, p, seed))
+    mean = torch.zeros(6)
+    arguments = (torch.randn(6, 24), x.detach(), residual.detach(), weight.detach(), None, mean, mean + 1, EPS, p, seed)
+    opcheck(torch.ops.bertfast.residual_layer_norm_backward, arguments)
+
+
+def test_gradcheck_of_the_reference():
+    inputs = [t.requires_grad_() for t in make_inputs(4, 7, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: gold(*t, 0.3, torch.tensor([9])), inputs)
+
+
+def test_compiles_whole_and_once_for_all_lengths(compiles_once):
+    compiles_once(lambda rows: make_inputs(rows, 48, torch.float32), op)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(2, 3, 4)}, ValueError, "tokens, hidden"),
+        ({"residual": torch.zeros(3, 4)}, ValueError, "residual has shape"),
+        ({"weight": torch.zeros(5)}, ValueError, "weight has shape"),
+        ({"bias": torch.zeros(4, dtype=torch.bfloat16)}, TypeError, "bias is torch.bfloat16"),
+        ({"x_bias": torch.zeros(4, device="meta")}, ValueError, "x_bias is on meta"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(1)}, TypeError, "seed"),
+    ],
+)
+def test_bad_input(change, error, words):
+    good = {"x": torch.zeros(2, 4), "residual": torch.zeros(2, 4), "weight": torch.ones(4), "bias": torch.zeros(4)}
+    with pytest.raises(error, match=words):
+        residual_layer_norm(**{**good, **change})
