@@ -24,12 +24,12 @@ CSRC = ROOT / "csrc"
 
 # One object of each kernel file per instruction set: see csrc/cpu/isa.h.
 X86_ISAS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512".split(),
-    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 KERNELS = ("attention", "embedding", "gelu", "norm")
 # No -ffast-math: NaN, infinities and the order of sums are part of the results.
-CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -DNDEBUG".split()
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"]
 
 
 class Object(NamedTuple):

@@ -84,7 +84,7 @@ class BertConfig:
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, not {self.problem_type!r}")
         for name, neutral in _NEUTRAL.items():
-            if self.extra.get(name) not in neutral and name in self.extra:
+            if name in self.extra and self.extra[name] not in neutral:
                 raise ValueError(
                     f"{name} is {self.extra[name]!r}: bertfast's own classes are BERT's bidirectional encoder with "
                     "absolute positions; run this model with transformers"

@@ -20,7 +20,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(f"bertfast.{name}"), ""
     except ModuleNotFoundError:
-        return None, f"bertfast.{name} was not built: no compiler was found, or it failed, when bertfast was installed"
+        return None, f"bertfast.{name} was not built: no compiler for it was found, or it failed, at installation"
     except ImportError as error:  # built for another Python, or a shared library that is not here
         return None, f"bertfast.{name} does not load: {error}"
 

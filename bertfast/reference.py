@@ -2,7 +2,8 @@
 
 Shapes: T tokens of all sequences behind one another, H hidden, A heads, D head size, B sequences. Statistics,
 softmax and activations are computed in float32 (float64 for float64 input) and rounded once, to the input's
-dtype, at the end. All functions are differentiable by autograd.
+dtype, at the end. The forward functions are differentiable by autograd; the `_backward` functions beside them spell
+out the gradients that the kernels compute, in the same precision.
 """
 
 import math
@@ -60,7 +61,10 @@ def dropout_multiplier(seed: Tensor, p: float, columns: int, counter: Sequence[T
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x * m / (1 - p), m ~ Bernoulli(1 - p) from the counter (column, row). x: (rows, columns)."""
+    """x * m / (1 - p), m ~ Bernoulli(1 - p) from the counter (column, row). x: (rows, columns).
+
+    Its own backward: the gradient of x is dropout of the gradient of the output, with the same seed.
+    """
     if p == 0.0 or seed is None:
         return x
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
@@ -79,6 +83,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     centred = x - mean
     variance = centred.square().mean(-1, keepdim=True)
     return centred * torch.rsqrt(variance + eps) * weight + bias
+
+
+def layer_norm_backward(dout: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients (dx, dweight, dbias) of `layer_norm`.
+
+    With xhat the normalised x and g = dout * weight: dx = (g - mean(g) - xhat mean(g xhat)) / std.
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    xhat, g = centred * rstd, dout * weight
+    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
+    return dx, (dout * xhat).sum(0), dout.sum(0)
 
 
 def embed_layer_norm(
@@ -104,6 +120,28 @@ def embed_layer_norm(
     return dropout(layer_norm(w + t + p, gamma, beta, eps), dropout_p, seed).to(word.dtype)
 
 
+def embed_layer_norm_backward(
+    dout: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """The gradients of (word, position, token_type, weight, bias): each table's row sums those of its tokens."""
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    lookups = ((input_ids, word), (position_ids, position), (types, token_type))
+    g, w, p, t, gamma = _wide(dout, *(F.embedding(i, table) for i, table in lookups), weight)
+    dx, dweight, dbias = layer_norm_backward(dropout(g, dropout_p, seed), w + t + p, gamma, eps)
+    tables = [dx.new_zeros(table.shape).index_add_(0, ids, dx) for ids, table in lookups]
+    return [gradient.to(word.dtype) for gradient in (*tables, dweight, dbias)]
+
+
 def residual_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -121,6 +159,25 @@ def residual_layer_norm(
     return layer_norm(dropout(y, dropout_p, seed) + r, gamma, beta, eps).to(x.dtype)
 
 
+def residual_layer_norm_backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """The gradients of (x, residual, weight, bias, x_bias), the last whether or not there is an x_bias."""
+    g, y, r, gamma, b = _wide(dout, x, residual, weight, x_bias)
+    if b is not None:
+        y = y + b
+    dresidual, dweight, dbias = layer_norm_backward(g, dropout(y, dropout_p, seed) + r, gamma, eps)
+    dx = dropout(dresidual, dropout_p, seed)
+    return [gradient.to(x.dtype) for gradient in (dx, dresidual, dweight, dbias, dx.sum(0))]
+
+
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """GELU(x + bias), GELU(u) = u Phi(u) = u (1 + erf(u / sqrt 2)) / 2. x: (T, F), bias: (F,). Returns (T, F).
 
@@ -136,6 +193,28 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
     return y.to(x.dtype)
 
 
+def bias_gelu_backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None = None, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """The gradients of (x, bias), the latter whether or not there is a bias: dout (Phi(u) + u phi(u)) and its sum.
+
+    approximate="tanh": with t = tanh(i(u)), dout ((1 + t) + u (1 - t^2) i'(u)) / 2.
+    """
+    g, u, b = _wide(dout, x, bias)
+    if b is not None:
+        u = u + b
+    if approximate == "tanh":
+        # Beyond 10 the tanh is 1 in any precision, and u^3 must not overflow.
+        v = u.clamp(-10, 10)
+        t = torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))
+        slope = 0.5 * (1 + t) + 0.5 * v * (1 - t**2) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * v**2)
+    else:
+        density = torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+        slope = 0.5 * (1 + torch.erf(u * math.sqrt(0.5))) + torch.where(density == 0, density, u * density)
+    dx = g * slope
+    return dx.to(x.dtype), dx.sum(0).to(x.dtype)
+
+
 def varlen_attention(
     qkv: Tensor, cu_seqlens: Tensor, scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
@@ -144,21 +223,58 @@ def varlen_attention(
     cu_seqlens: (B + 1,) int32; the tokens of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1], lengths of 0
     allowed. scale defaults to 1 / sqrt(D). Source: Vaswani et al. 2017.
     """
-    heads, size = qkv.shape[2:]
-    scale = size**-0.5 if scale is None else scale
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
     (wide,) = _wide(qkv)
-    outputs = []
-    borders = cu_seqlens.tolist()
-    for b, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    outputs = [wide[:0, 0]]
+    for b, (start, end) in enumerate(_pairs(cu_seqlens)):
         q, k, v = wide[start:end].permute(1, 2, 0, 3)  # (A, S, D) each
         p = torch.softmax((q @ k.transpose(1, 2)) * scale, dim=-1)
-        if dropout_p > 0.0 and seed is not None:
-            query = torch.arange(end - start, device=qkv.device)[:, None]
-            head = torch.arange(heads, device=qkv.device)[:, None, None]
-            counter = (query, head, torch.full_like(query, b))
-            p = p * dropout_multiplier(seed, dropout_p, end - start, counter).to(p.dtype)
-        outputs.append((p @ v).transpose(0, 1))
-    return torch.cat(outputs).to(qkv.dtype) if outputs else qkv[:, 0]
+        outputs.append((p * _attention_multiplier(p, b, dropout_p, seed) @ v).transpose(0, 1))
+    return torch.cat(outputs).to(qkv.dtype)
+
+
+def varlen_attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The gradient of qkv, (T, 3, A, D).
+
+    With P the probabilities, m the dropout multipliers and O = (m P) V: dV = (m P)^T dO, dP = m (dO V^T),
+    dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
+    """
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    gradients, wide = _wide(dout, qkv)
+    dqkv = torch.empty_like(wide)
+    for b, (start, end) in enumerate(_pairs(cu_seqlens)):
+        q, k, v = wide[start:end].permute(1, 2, 0, 3)
+        do = gradients[start:end].transpose(0, 1)
+        p = torch.softmax((q @ k.transpose(1, 2)) * scale, dim=-1)
+        m = _attention_multiplier(p, b, dropout_p, seed)
+        dp = m * (do @ v.transpose(1, 2))
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        parts = torch.stack((ds @ k, ds.transpose(1, 2) @ q, (m * p).transpose(1, 2) @ do))
+        dqkv[start:end] = parts.permute(2, 0, 1, 3)
+    return dqkv.to(qkv.dtype)
+
+
+def _pairs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    borders = cu_seqlens.tolist()
+    return list(zip(borders[:-1], borders[1:], strict=True))
+
+
+def _attention_multiplier(p: Tensor, sequence: int, dropout_p: float, seed: Tensor | None) -> Tensor | float:
+    """The dropout multipliers of the probabilities (A, S, S) of one sequence: counter (key, query, head, sequence)."""
+    if dropout_p == 0.0 or seed is None:
+        return 1.0
+    heads, queries, keys = p.shape
+    query = torch.arange(queries, device=p.device)[:, None]
+    head = torch.arange(heads, device=p.device)[:, None, None]
+    counter = (query, head, torch.full_like(query, sequence))
+    return dropout_multiplier(seed, dropout_p, keys, counter).to(p.dtype)
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), activation: str = "none") -> Tensor:

@@ -10,53 +10,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings.h"
 #include "cpu/dispatch.h"
+#include "cpu/fingerprint.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
-
-// A dropout seed: any Python integer, modulo 2^64, so that the negative half of an int64 tensor is welcome.
-struct Seed {
-    uint64_t value = 0;
-};
-
-template <>
-struct pybind11::detail::type_caster<Seed> {
-    PYBIND11_TYPE_CASTER(Seed, const_name("int"));
-    bool load(handle source, bool) {
-        if (!PyLong_Check(source.ptr())) return false;
-        value.value = PyLong_AsUnsignedLongLongMask(source.ptr());
-        return true;
-    }
-};
-
-namespace bertfast {
-namespace {
-
-// An address, as any type of pointer.
-struct Pointer {
-    uintptr_t address;
-    template <class T>
-    operator T*() const {
-        return reinterpret_cast<T*>(address);
-    }
-};
-
-}  // namespace
-}  // namespace bertfast
-
-template <>
-struct pybind11::detail::type_caster<bertfast::Pointer> {
-    PYBIND11_TYPE_CASTER(bertfast::Pointer, const_name("int"));
-    bool load(handle source, bool) {
-        if (!PyLong_Check(source.ptr())) return false;
-        value.address = static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(source.ptr()));
-        if (!PyErr_Occurred()) return true;
-        PyErr_Clear();
-        return false;
-    }
-};
 
 namespace bertfast {
 namespace {
@@ -145,6 +105,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("bias_gelu_bwd", gelu_bwd, unlocked());
     module.def("varlen_attention_fwd", attention_fwd, unlocked());
     module.def("varlen_attention_bwd", attention_bwd, unlocked());
+    module.def("fingerprint", [](Pointer data, int64_t bytes) { return fingerprint(data, bytes); });
     module.def("use_openmp", [](Pointer address) { use_openmp(reinterpret_cast<GompParallel>(address.address)); });
     module.def("isa", isa);
     module.def("set_isa", set_isa);

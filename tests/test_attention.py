@@ -128,10 +128,14 @@ def test_opcheck(implementation, p):
     opcheck(torch.ops.bertfast.varlen_attention_backward, arguments)
 
 
-def test_gradcheck_of_the_reference():
+def test_gradients_of_the_reference():
     qkv, cu_seqlens = make_qkv([6], 2, 3, torch.float64).requires_grad_(), borders([4, 0, 2])
-    seed = torch.tensor([1])
-    assert torch.autograd.gradcheck(lambda t: reference.varlen_attention(t, cu_seqlens, None, 0.3, seed), qkv)
+    arguments = cu_seqlens, None, 0.3, torch.tensor([1])
+    assert torch.autograd.gradcheck(lambda t: reference.varlen_attention(t, *arguments), qkv)
+    out = reference.varlen_attention(qkv, *arguments)
+    dout = torch.randn_like(out)
+    spelled_out = reference.varlen_attention_backward(dout, qkv.detach(), *arguments)
+    torch.testing.assert_close(spelled_out, torch.autograd.grad(out, qkv, dout)[0])
 
 
 def test_compiles_whole_and_once_for_all_lengths(compiles_once):

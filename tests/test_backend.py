@@ -27,7 +27,7 @@ def test_an_explicit_choice_runs_or_raises():
     x = torch.randn(3, 8, dtype=torch.float64)
     with backend.use("reference"):
         assert backend.current() == "reference" and backend.explain("bias_gelu").backend == "reference"
-    with backend.use("cpu"), pytest.raises(BackendError, match=r"the cpu backend was asked for, but it .* use\("):
+    with backend.use("cpu"), pytest.raises(BackendError, match=r"the cpu backend was asked for, but it .*use\("):
         ops.bias_gelu(x)
     ops.bias_gelu(x)
 
@@ -50,7 +50,7 @@ def run(code, **environment):
 
 
 def test_environment_variables():
-    code = "from bertfast import backend; print(backend.explain('linear').backend)"
+    code = "from bertfast import backend; import bertfast.ops; print(backend.explain('linear').backend)"
     assert run(code, BERTFAST_BACKEND="reference").stdout.strip() == "reference"
     done = run(code, BERTFAST_BACKEND="tpu")
     assert done.returncode and "unknown backend 'tpu'" in done.stderr

@@ -78,10 +78,15 @@ def test_opcheck(implementation):
     opcheck(torch.ops.bertfast.embed_layer_norm, (*ids[:2], None, *tables, EPS, 0.2, torch.tensor([1])))
 
 
-def test_gradcheck_of_the_reference():
+def test_gradients_of_the_reference():
     ids, tables = make_ids(5), [t.requires_grad_() for t in make_tables(4, torch.float64, 6, 40, 2)]
     ids[0].clamp_(max=5)
-    assert torch.autograd.gradcheck(lambda *t: reference.embed_layer_norm(*ids, *t, EPS), tables)
+    arguments = EPS, 0.2, torch.tensor([4])
+    assert torch.autograd.gradcheck(lambda *t: reference.embed_layer_norm(*ids, *t, *arguments), tables)
+    out = reference.embed_layer_norm(*ids, *tables, *arguments)
+    dout = torch.randn_like(out)
+    spelled_out = reference.embed_layer_norm_backward(dout, *ids, *(t.detach() for t in tables[:4]), *arguments)
+    torch.testing.assert_close(spelled_out, list(torch.autograd.grad(out, tables, dout)))
 
 
 def test_compiles_whole_and_once_for_all_lengths(compiles_once):

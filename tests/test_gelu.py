@@ -62,9 +62,13 @@ def test_opcheck(implementation, approximate):
 
 
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
-def test_gradcheck_of_the_reference(approximate):
+def test_gradients_of_the_reference(approximate):
     inputs = [t.requires_grad_() for t in make_inputs(4, 7, torch.float64)]
     assert torch.autograd.gradcheck(lambda x, b: reference.bias_gelu(x, b, approximate), inputs)
+    out = reference.bias_gelu(*inputs, approximate)
+    dout = torch.randn_like(out)
+    spelled_out = reference.bias_gelu_backward(dout, *(t.detach() for t in inputs), approximate)
+    torch.testing.assert_close(spelled_out, torch.autograd.grad(out, inputs, dout))
 
 
 def test_compiles_whole_and_once_for_all_lengths(compiles_once):

@@ -61,26 +61,37 @@ def test_gradients(implementation, activation, dtype):
     )
 
 
-def changes():
-    """Every way a weight changes that autograd can see, each as a function of the module."""
-
-    def step(module):
+def step(**how):
+    def change(module):
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, **how)
         module(torch.ones(2, 16)).sum().backward()
         optimizer.step()
 
-    for name, how in (("foreach", {"foreach": True}), ("loop", {"foreach": False}), ("fused", {"fused": True})):
-        yield pytest.param(lambda m, how=how: step(m) if not globals().update(how=how) else None, id=f"optimizer-{name}")
-    yield pytest.param(lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}), id="load_state_dict")
-    yield pytest.param(lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True), id="assign")
-    yield pytest.param(lambda m: torch.nn.init.normal_(m.weight), id="init")
-    yield pytest.param(lambda m: setattr(m.weight, "data", m.weight.data * 2), id="data")
-    yield pytest.param(lambda m: m.weight.detach().mul_(2), id="detach")
-    yield pytest.param(lambda m: m.to(torch.bfloat16).to(torch.float32), id="to")
+    return change
+
+
+def doubled(module):
+    return {k: 2 * v for k, v in module.state_dict().items()}
+
+
+# Every way a weight is known to change, the last three behind autograd's back: they leave its version as it was.
+CHANGES = {
+    "optimizer": step(foreach=False),
+    "foreach optimizer": step(foreach=True),
+    "load_state_dict": lambda m: m.load_state_dict(doubled(m)),
+    "assign": lambda m: m.load_state_dict(doubled(m), assign=True),
+    "init": lambda m: torch.nn.init.normal_(m.weight),
+    "detach": lambda m: m.weight.detach().mul_(2),
+    "to": lambda m: m.to(torch.bfloat16).to(torch.float32),
+    "set data": lambda m: setattr(m.weight, "data", m.weight.data * 2),
+    "fused optimizer": step(fused=True),
+    "write to data": lambda m: m.weight.data.mul_(2),
+    "numpy": lambda m: m.weight.detach().numpy().__imul__(2),
+}
 
 
 @ON_CPU_KERNELS
-@pytest.mark.parametrize("change", changes())
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_weight_is_packed_anew(change):
     module, packed, x = torch.nn.Linear(16, 24), PackedWeights(), torch.randn(4, 16)
 

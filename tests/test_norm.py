@@ -116,9 +116,14 @@ def test_opcheck(implementation, p):
     opcheck(torch.ops.bertfast.residual_layer_norm_backward, arguments)
 
 
-def test_gradcheck_of_the_reference():
+def test_gradients_of_the_reference():
     inputs = [t.requires_grad_() for t in make_inputs(4, 7, torch.float64)]
-    assert torch.autograd.gradcheck(lambda *t: gold(*t, 0.3, torch.tensor([9])), inputs)
+    arguments = 0.3, torch.tensor([9])
+    assert torch.autograd.gradcheck(lambda *t: gold(*t, *arguments), inputs)
+    out = gold(*inputs, *arguments)
+    dout, (x, residual, weight, _, x_bias) = torch.randn_like(out), (t.detach() for t in inputs)
+    spelled_out = reference.residual_layer_norm_backward(dout, x, residual, weight, EPS, x_bias, *arguments)
+    torch.testing.assert_close(spelled_out, list(torch.autograd.grad(out, inputs, dout)))
 
 
 def test_compiles_whole_and_once_for_all_lengths(compiles_once):

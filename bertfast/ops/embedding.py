@@ -113,10 +113,8 @@ def _reference_forward(
 def _reference_backward(
     dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, mean, rstd, eps, dropout_p, seed
 ):
-    def forward(*tensors):
-        return reference.embed_layer_norm(input_ids, position_ids, token_type_ids, *tensors, eps, dropout_p, seed)
-
-    return tuple(registry.reference_gradients(forward, (word, position, token_type, weight, bias), dout))
+    tensors = (dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight)
+    return tuple(reference.embed_layer_norm_backward(*tensors, eps, dropout_p, seed))
 
 
 backend.register("embed_layer_norm", "cpu", (_cpu_forward, _cpu_backward))

@@ -49,11 +49,8 @@ def _cpu_backward(dout, x, bias, approximate):
 
 
 def _reference_backward(dout, x, bias, approximate):
-    def forward(x, bias):
-        return reference.bias_gelu(x, bias, approximate)
-
-    dx, dbias = registry.reference_gradients(forward, (x, bias), dout)
-    return dx, x.new_empty(0) if dbias is None else dbias
+    dx, dbias = reference.bias_gelu_backward(dout, x, bias, approximate)
+    return dx, x.new_empty(0) if bias is None else dbias
 
 
 backend.register("bias_gelu", "cpu", (_cpu_forward, _cpu_backward))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast import backend, reference
+from bertfast import backend, native, reference
 from bertfast.ops import registry
 from bertfast.ops.gelu import bias_gelu
 
@@ -18,11 +18,11 @@ _ROWS_HINT = 1024
 class PackedWeights:
     """The place where `linear` keeps the oneDNN-packed copy of its weights between calls.
 
-    The copy is made at the first inference call and made anew when the weights have changed: each parameter's
-    address, dtype, shape and autograd version are compared at every call, and these change with an optimiser step,
-    `load_state_dict`, `.to()` and every in-place operation that autograd can see. A call that needs gradients drops
-    the copy, so that training neither pays for it nor leaves it stale. What autograd cannot see (writing through
-    `parameter.data` or a numpy view between two inference calls) has to be followed by `clear()`.
+    The copy is made at the first inference call and made anew when the weights have changed. Every call compares each
+    parameter's address, dtype, shape and autograd version, and a hash of 16 words spread over its values: fused
+    optimisers and writes through `parameter.data` leave the version as it was. Only such a write that also misses all
+    16 words (to a few rows, say) goes unnoticed, and has to be followed by `clear()`. A call that needs gradients
+    drops the copy, so that training does not pay for it.
 
     Copies and pickles of the object are empty.
     """
@@ -35,7 +35,7 @@ class PackedWeights:
         """(packed weight, bias) of the concatenated weights, or None where they cannot be packed."""
         if any(t.is_inference() for t in (*weights, *biases)):
             return None  # they have no version to tell a change by
-        key = tuple((t.data_ptr(), t._version, t.dtype, t.shape) for t in (*weights, *biases))
+        key = tuple(_state(t) for t in (*weights, *biases))
         if key != self._key:
             weight = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
             bias = None if not biases else biases[0].detach() if len(biases) == 1 else torch.cat(list(biases)).detach()
@@ -60,6 +60,12 @@ class PackedWeights:
 
     def __reduce__(self) -> tuple:
         return PackedWeights, ()
+
+
+def _state(t: Tensor) -> tuple:
+    """What changes when the tensor does."""
+    address = t.data_ptr()
+    return address, t._version, t.dtype, t.shape, native.cpu.fingerprint(address, t.nbytes)
 
 
 def linear(

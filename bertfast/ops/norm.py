@@ -76,13 +76,10 @@ def _reference_forward(x, residual, weight, bias, x_bias, eps, dropout_p, seed, 
 
 
 def _reference_backward(dout, x, residual, weight, x_bias, mean, rstd, eps, dropout_p, seed):
-    def forward(x, residual, weight, bias, x_bias):
-        return reference.residual_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, seed)
-
-    inputs = (x, residual, weight, torch.zeros_like(weight), x_bias)
-    dx, dresidual, dweight, dbias, dx_bias = registry.reference_gradients(forward, inputs, dout)
+    gradients = reference.residual_layer_norm_backward(dout, x, residual, weight, eps, x_bias, dropout_p, seed)
+    dx, dresidual, dweight, dbias, dx_bias = gradients
     empty = x.new_empty(0)
-    return dx if dropout_p > 0.0 else empty, dresidual, dweight, dbias, empty if dx_bias is None else dx_bias
+    return dx if dropout_p > 0.0 else empty, dresidual, dweight, dbias, empty.clone() if x_bias is None else dx_bias
 
 
 backend.register("residual_layer_norm", "cpu", (_cpu_forward, _cpu_backward))

@@ -71,15 +71,3 @@ def check_like(x: Tensor, **others: tuple[Tensor | None, Sequence[int]]) -> None
             raise ValueError(f"{name} is on {tensor.device} where x is on {x.device}: move one of them with .to()")
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-
-
-def reference_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
-) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)` by autograd, computed anew: the backward of the reference backend."""
-    with torch.enable_grad():
-        leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
-        out = function(*leaves)
-    wanted = [t for t in leaves if t is not None]
-    gradients = iter(torch.autograd.grad(out, wanted, dout, allow_unused=True, materialize_grads=True))
-    return [None if t is None else next(gradients) for t in leaves]

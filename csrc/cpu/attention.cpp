@@ -5,10 +5,10 @@
 // of a BERT-sized sequence is a few KiB, so the softmax sees whole rows and needs no running maximum:
 //
 //     forward                                       backward
-//       S = Q (scale K)^T                             S = Q (scale K)^T             dP = dO V^T
-//       P = exp(S - max)                              P = exp(S - lse)              M = dropout multipliers
-//       O = (P M) V / sum(P)                          dS = P (dP M - delta)         delta = rowsum(dO O)
-//       lse = max + log(sum(P))                       dV += (P M)^T dO,  dK += scale dS^T Q,  dQ = scale dS K
+//       S = Q (c K)^T,  c = scale log2(e)             S = Q (c K)^T               dP = dO V^T
+//       P = 2^(S - max)                               P = 2^(S - lse log2(e))     M = dropout multipliers
+//       O = (P M) V / sum(P)                          dS = P (dP M - delta)       delta = rowsum(dO O)
+//       lse = max ln(2) + ln(sum(P))                  dV += (P M)^T dO,  dK += scale dS^T Q,  dQ = scale dS K
 //
 // The products run in registers (attention_gemm.h), everything between loading and storing is float32, and each
 // thread writes only rows that are its own. A query's arithmetic depends on its own sequence alone, and the
@@ -26,9 +26,15 @@ namespace {
 
 enum Slot { buffer_slot, plan_slot };
 
-// A long sequence is cut into items of at least this many queries. Each packs K and V anew, which costs as much
-// as about three queries.
-constexpr int64_t queries_per_item = 128;
+constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
+
+// A long sequence's queries are cut into blocks that different threads may take. Each block packs K and V anew: as
+// much time as about three of its queries where they come from L3, more where they come from memory. So a block
+// has at least 128 queries, and a sequence at most 16 blocks.
+int64_t query_blocks(int64_t length) {
+    const int64_t blocks = length / 128;
+    return blocks < 1 ? 1 : blocks > 16 ? 16 : blocks;
+}
 
 // The backward's block of queries, and the largest of the forward. It is the depth of the products that make dK
 // and dV, whose tiles are read and written once per block.
@@ -42,7 +48,8 @@ int64_t forward_rows(int64_t length) {
 }
 
 // Rows of scores are one vector longer than they need be: at a power of two apart, walking down a column (which
-// is how the transposed products read them) would use only a few sets of the cache.
+// is how the transposed products read them) would use only a few sets of the cache. What stands in the columns
+// from `length` on is never read by a product.
 int64_t score_stride(int64_t length) { return round_up(length, lanes) + lanes; }
 
 struct Region {
@@ -91,8 +98,7 @@ Plan make_plan(const VarlenAttention& a, bool split_queries) {
     Plan plan = {sequences, 0, 0};
     for (int64_t i = 0; i < a.sequences; ++i) {
         const int64_t start = a.cu_seqlens[i], length = a.cu_seqlens[i + 1] - start;
-        const bool split = split_queries && length >= 2 * queries_per_item;
-        if (length > 0) sequences[plan.count++] = {i, start, length, split ? length / queries_per_item : 1, 0};
+        if (length > 0) sequences[plan.count++] = {i, start, length, split_queries ? query_blocks(length) : 1, 0};
     }
     qsort(sequences, static_cast<size_t>(plan.count), sizeof(Sequence), longest_first);
     for (Sequence* s = sequences; s < sequences + plan.count; ++s) {
@@ -113,40 +119,48 @@ Item find_item(const Plan& plan, int64_t i) {
     return {s.index, s.start, s.length, head, block * s.length / s.blocks, (block + 1) * s.length / s.blocks};
 }
 
-// Row 0 of an item's Q, K and V.
+// The rows of one head in a tensor of tokens.
 template <class T>
-struct Parts {
-    const T *q, *k, *v;
+struct Rows {
+    T* data;
+    int64_t stride;
 
-    Parts(const VarlenAttention& a, const Item& item)
-        : q(static_cast<const T*>(a.qkv) + item.start * a.token_stride + item.head * a.head_stride),
-          k(q + a.part_stride),
-          v(k + a.part_stride) {}
+    T* operator[](int64_t i) const { return data + i * stride; }
 };
 
-// Rows of one head lie a whole token apart, most of them on a page of their own, where no hardware prefetcher
-// follows. Asking for many at once before packing them halves the time that they take from L3.
+// An item's Q, K or V: `part` is 0, 1 or 2.
 template <class T>
-void prefetch(const T* src, int64_t stride, int64_t rows, int64_t cols) {
+Rows<const T> input_rows(const VarlenAttention& a, const Item& item, int part) {
+    const T* const head = static_cast<const T*>(a.qkv) + part * a.part_stride + item.head * a.head_stride;
+    return {head + item.start * a.token_stride, a.token_stride};
+}
+
+// An item's rows in a dense tensor [tokens, parts, heads, head_size].
+template <class T>
+Rows<T> dense_rows(T* tensor, const VarlenAttention& a, const Item& item, int part = 0, int parts = 1) {
+    const int64_t stride = parts * a.heads * a.head_size;
+    return {tensor + item.start * stride + (part * a.heads + item.head) * a.head_size, stride};
+}
+
+// Rows of one head lie a token apart, most of them on a page of their own, where no hardware prefetcher follows.
+// Asking for many at once, before they are packed or stored to, halves the time that they take from L3.
+template <class T>
+void prefetch(Rows<T> rows, int64_t first, int64_t count, int64_t size) {
     constexpr int64_t line = 64 / sizeof(T);
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; j += line) __builtin_prefetch(src + i * stride + j, 0, 2);
+    for (int64_t i = first; i < first + count; ++i)
+        for (int64_t j = 0; j < size; j += line) __builtin_prefetch(rows[i] + j, 0, 2);
 }
 
 // dst[0, n) = factor * src[0, n)
 template <class T>
 void store_row(T* dst, const float* src, int64_t n, float factor) {
-    int64_t j = 0;
-    for (; j + lanes <= n; j += lanes) store(dst + j, splat(factor) * load(src + j));
-    if (j < n) store(dst + j, splat(factor) * load(src + j), static_cast<int>(n - j));
+    for_columns(n, [&](int64_t j, auto count) { store(dst + j, load(src + j) * factor, count); });
 }
 
 template <class T>
 float dot(const T* x, const float* y, int64_t n) {
     Vec sum = {};
-    int64_t j = 0;
-    for (; j + lanes <= n; j += lanes) sum = fma(load(x + j), load(y + j), sum);
-    if (j < n) sum = fma(load(x + j, static_cast<int>(n - j)), load(y + j), sum);
+    for_columns(n, [&](int64_t j, auto count) { sum = fma(load(x + j, count), load(y + j), sum); });
     return reduce_add(sum);
 }
 
@@ -159,15 +173,16 @@ struct RowStatistics {
     float max, sum;
 };
 
-// scores[0, n) = exp(scores - max), and their sum. Columns up to the next multiple of `lanes` become 0.
+// scores[0, n) = 2^(scores - max), and their sum. Columns up to the next multiple of `lanes` become 0.
 RowStatistics exponentiate(float* scores, int64_t n) {
-    if (const int tail = static_cast<int>(n % lanes)) store(scores + n - tail, load(scores + n - tail, tail, -INFINITY));
+    const int tail = static_cast<int>(n % lanes);
+    if (tail) store(scores + n - tail, load(scores + n - tail, tail, -INFINITY));
     Vec top = load(scores);
     for (int64_t j = lanes; j < n; j += lanes) top = max(load(scores + j), top);
     const float row_max = reduce_max(top);
     Vec sum = {};
     for (int64_t j = 0; j < n; j += lanes) {
-        const Vec p = exp(load(scores + j) - row_max);
+        const Vec p = exp2(load(scores + j) - row_max);
         store(scores + j, p);
         sum += p;
     }
@@ -186,42 +201,44 @@ void forward_item(const VarlenAttention& a, const Item& item) {
               {&o, block * width},
               {&multiplier, stride}});
 
-    const Parts<T> parts(a, item);
-    prefetch(parts.k, a.token_stride, length, size);
-    prefetch(parts.v, a.token_stride, length, size);
-    const MatrixB k = pack_transposed(parts.k, a.token_stride, length, size, a.scale, k_transposed);
-    pack(parts.v, a.token_stride, length, size, v);
-    T* const out = static_cast<T*>(a.out) + (item.start * a.heads + item.head) * size;
+    const Rows<const T> q_rows = input_rows<T>(a, item, 0), k_rows = input_rows<T>(a, item, 1),
+                        v_rows = input_rows<T>(a, item, 2);
+    const Rows<T> o_rows = dense_rows(static_cast<T*>(a.out), a, item);
+    prefetch(k_rows, 0, length, size);
+    prefetch(v_rows, 0, length, size);
+    const MatrixB kt = pack_transposed(k_rows[0], k_rows.stride, length, size, a.scale * log2e, k_transposed);
+    pack(v_rows[0], v_rows.stride, length, size, v);
+
     float* const lse = a.lse ? a.lse + item.head * a.tokens + item.start : nullptr;
 
     float sums[max_rows];
     for (int64_t first = item.first; first < item.last; first += block) {
         const int64_t rows = item.last - first < block ? item.last - first : block;
-        prefetch(parts.q + first * a.token_stride, a.token_stride, rows, size);
-        pack(parts.q + first * a.token_stride, a.token_stride, rows, size, q);
-        prefetch(out + first * a.heads * size, a.heads * size, rows, size);
-        multiply(rows, length, size, {q, width, 1}, k, {p, stride});
+        prefetch(q_rows, first, rows, size);
+        pack(q_rows[first], q_rows.stride, rows, size, q);
+        prefetch(o_rows, first, rows, size);
+        multiply(rows, length, size, {q, width, 1}, kt, {p, stride});
         for (int64_t i = 0; i < rows; ++i) {
-            const RowStatistics row = exponentiate(p + i * stride, length);
-            sums[i] = row.sum;
-            if (lse) lse[first + i] = row.max + logf(row.sum);
+            float* const row = p + i * stride;
+            const RowStatistics statistics = exponentiate(row, length);
+            sums[i] = statistics.sum;
+            if (lse) lse[first + i] = statistics.max * ln2 + logf(statistics.sum);
             if (a.dropout.threshold) {
                 draw_multipliers(a, item, first + i, multiplier);
-                for (int64_t j = 0; j < length; j += lanes)
-                    store(p + i * stride + j, load(p + i * stride + j) * load(multiplier + j));
+                for (int64_t j = 0; j < length; j += lanes) store(row + j, load(row + j) * load(multiplier + j));
             }
         }
         multiply(rows, size, length, {p, stride, 1}, row_major(v, width), {o, width});
         for (int64_t i = 0; i < rows; ++i)
-            store_row(out + (first + i) * a.heads * size, o + i * width, size, 1 / sums[i]);
+            store_row(o_rows[first + i], o + i * width, size, 1 / sums[i]);
     }
 }
 
 // The backward's elementwise part, for one query. On entry p holds scores and ds holds dO V^T; on exit p holds the
-// probabilities after dropout and ds the gradient of the scores.
-void row_gradient(float* p, float* ds, const float* multiplier, int64_t n, float lse, float delta) {
+// probabilities after dropout and ds the gradient of the scores. lse2 is in the scores' unit, that of a power of 2.
+void row_gradient(float* p, float* ds, const float* multiplier, int64_t n, float lse2, float delta) {
     for (int64_t j = 0; j < n; j += lanes) {
-        const Vec probability = exp(load(p + j) - lse), factor = load(multiplier + j);
+        const Vec probability = exp2(load(p + j) - lse2), factor = load(multiplier + j);
         store(ds + j, probability * (load(ds + j) * factor - delta));
         store(p + j, probability * factor);
     }
@@ -245,41 +262,49 @@ void backward_item(const VarlenAttentionBackward& b, const Item& item) {
               {&dv, length * width},
               {&multiplier, stride}});
 
-    const Parts<T> parts(a, item);
-    const MatrixB kt = pack_transposed(parts.k, a.token_stride, length, size, a.scale, k_transposed);
-    const MatrixB vt = pack_transposed(parts.v, a.token_stride, length, size, 1, v_transposed);
-    pack(parts.k, a.token_stride, length, size, k);
-    for (int64_t j = 0; j < stride; ++j) multiplier[j] = 1;
-
-    const int64_t row_size = a.heads * size, offset = item.start * row_size + item.head * size;
-    const T* const o_rows = static_cast<const T*>(a.out) + offset;
-    const T* const dout_rows = static_cast<const T*>(b.dout) + offset;
-    T* const dq_rows = static_cast<T*>(b.dqkv) + (item.start * 3 * a.heads + item.head) * size;
+    const Rows<const T> q_rows = input_rows<T>(a, item, 0), k_rows = input_rows<T>(a, item, 1),
+                        v_rows = input_rows<T>(a, item, 2);
+    const Rows<const T> o_rows = dense_rows(static_cast<const T*>(a.out), a, item),
+                        dout_rows = dense_rows(static_cast<const T*>(b.dout), a, item);
+    T* const dqkv = static_cast<T*>(b.dqkv);
+    const Rows<T> dq_rows = dense_rows(dqkv, a, item, 0, 3), dk_rows = dense_rows(dqkv, a, item, 1, 3),
+                  dv_rows = dense_rows(dqkv, a, item, 2, 3);
     const float* const lse = a.lse + item.head * a.tokens + item.start;
+
+    prefetch(k_rows, 0, length, size);
+    prefetch(v_rows, 0, length, size);
+    const MatrixB kt = pack_transposed(k_rows[0], k_rows.stride, length, size, a.scale * log2e, k_transposed);
+    const MatrixB vt = pack_transposed(v_rows[0], v_rows.stride, length, size, 1, v_transposed);
+    pack(k_rows[0], k_rows.stride, length, size, k);
+    for (int64_t j = 0; j < stride; ++j) multiplier[j] = 1;
 
     for (int64_t first = 0; first < length; first += block) {
         const int64_t rows = length - first < block ? length - first : block;
-        pack(parts.q + first * a.token_stride, a.token_stride, rows, size, q);
-        pack(dout_rows + first * row_size, row_size, rows, size, dout);
+        prefetch(q_rows, first, rows, size);
+        prefetch(dout_rows, first, rows, size);
+        prefetch(o_rows, first, rows, size);
+        pack(q_rows[first], q_rows.stride, rows, size, q);
+        pack(dout_rows[first], dout_rows.stride, rows, size, dout);
         multiply(rows, length, size, {q, width, 1}, kt, {p, stride});
         multiply(rows, length, size, {dout, width, 1}, vt, {ds, stride});
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t query = first + i;
             if (a.dropout.threshold) draw_multipliers(a, item, query, multiplier);
-            const float delta = dot(o_rows + query * row_size, dout + i * width, size);
-            row_gradient(p + i * stride, ds + i * stride, multiplier, length, lse[query], delta);
+            const float delta = dot(o_rows[query], dout + i * width, size);
+            row_gradient(p + i * stride, ds + i * stride, multiplier, length, lse[query] * log2e, delta);
         }
         const bool accumulate = first > 0;
         multiply(length, size, rows, {p, 1, stride}, row_major(dout, width), {dv, width}, accumulate);
         multiply(length, size, rows, {ds, 1, stride}, row_major(q, width), {dk, width}, accumulate);
+        prefetch(dq_rows, first, rows, size);
         multiply(rows, size, length, {ds, stride, 1}, row_major(k, width), {dq, width});
-        for (int64_t i = 0; i < rows; ++i)
-            store_row(dq_rows + (first + i) * 3 * row_size, dq + i * width, size, a.scale);
+        for (int64_t i = 0; i < rows; ++i) store_row(dq_rows[first + i], dq + i * width, size, a.scale);
     }
+    prefetch(dk_rows, 0, length, size);
+    prefetch(dv_rows, 0, length, size);
     for (int64_t j = 0; j < length; ++j) {
-        T* const row = dq_rows + j * 3 * row_size;
-        store_row(row + row_size, dk + j * width, size, a.scale);
-        store_row(row + 2 * row_size, dv + j * width, size, 1);
+        store_row(dk_rows[j], dk + j * width, size, a.scale);
+        store_row(dv_rows[j], dv + j * width, size, 1);
     }
 }
 

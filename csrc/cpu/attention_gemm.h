@@ -96,14 +96,9 @@ static void multiply(int64_t rows, int64_t cols, int64_t depth, MatrixA a, Matri
 // dst[i, :cols] = src[i, :cols] as float, with zeros up to the next multiple of `lanes`, where rows of dst begin.
 template <class T>
 void pack(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst) {
-    for (int64_t i = 0; i < rows; ++i, src += stride) {
-        int64_t j = 0;
-        for (; j + lanes <= cols; j += lanes, dst += lanes) store(dst, load(src + j));
-        if (j < cols) {
-            store(dst, load(src + j, static_cast<int>(cols - j)));
-            dst += lanes;
-        }
-    }
+    const int64_t width = round_up(cols, lanes);
+    for (int64_t i = 0; i < rows; ++i, src += stride, dst += width)
+        for_columns(cols, [&](int64_t j, auto n) { store(dst + j, load(src + j, n)); });
 }
 
 template <int... index>
@@ -138,10 +133,14 @@ MatrixB pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t cols
         for (int64_t col = 0; col < cols; col += lanes) {
             const int64_t height = rows - row < lanes ? rows - row : lanes;
             const int64_t width = cols - col < lanes ? cols - col : lanes;
-            Vec square[lanes] = {};
-            for (int i = 0; i < height; ++i) {
+            Vec square[lanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) {
                 const T* p = src + (row + i) * stride + col;
-                square[i] = splat(factor) * (width == lanes ? load(p) : load(p, static_cast<int>(width)));
+                if (i >= height)
+                    square[i] = Vec{};
+                else
+                    square[i] = splat(factor) * (width == lanes ? load(p) : load(p, static_cast<int>(width)));
             }
             transpose<lanes / 2>(square, std::make_integer_sequence<int, lanes>());
             for (int i = 0; i < width; ++i) store(out + (col + i) * tile_cols, square[i]);

@@ -7,14 +7,14 @@
 #include "kernels.h"
 
 // All there is to add for a new kernel is its line here.
-#define BERTFAST_KERNELS(KERNEL)                                 \
-    KERNEL(int64_t, embed_layer_norm_fwd, EmbedLayerNorm)        \
-    KERNEL(void, embed_layer_norm_bwd, EmbedLayerNormBackward)   \
-    KERNEL(void, residual_layer_norm_fwd, ResidualLayerNorm)     \
+#define BERTFAST_KERNELS(KERNEL)                                     \
+    KERNEL(int64_t, embed_layer_norm_fwd, EmbedLayerNorm)            \
+    KERNEL(void, embed_layer_norm_bwd, EmbedLayerNormBackward)       \
+    KERNEL(void, residual_layer_norm_fwd, ResidualLayerNorm)         \
     KERNEL(void, residual_layer_norm_bwd, ResidualLayerNormBackward) \
-    KERNEL(void, bias_gelu_fwd, BiasGelu)                        \
-    KERNEL(void, bias_gelu_bwd, BiasGeluBackward)                \
-    KERNEL(void, varlen_attention_fwd, VarlenAttention)          \
+    KERNEL(void, bias_gelu_fwd, BiasGelu)                            \
+    KERNEL(void, bias_gelu_bwd, BiasGeluBackward)                    \
+    KERNEL(void, varlen_attention_fwd, VarlenAttention)              \
     KERNEL(void, varlen_attention_bwd, VarlenAttentionBackward)
 
 #define BERTFAST_DECLARE(Result, name, Arguments) Result name(const Arguments&, int threads);

@@ -11,6 +11,16 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
+// 1 / x for normal x. The estimate has 14 bits, and a step of Newton's method doubles them.
+BERTFAST_INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+    const Vec estimate = (Vec)_mm512_rcp14_ps((__m512)x);
+    return estimate * fma(-x, estimate, splat(2.0f));
+#else
+    return 1.0f / x;
+#endif
+}
+
 // The normal distribution's Phi(u) and exp(-u^2 / 2). The tail 1 - Phi(|u|) is exp(-u^2 / 2) p(1 / (1 + 0.31 |u|))
 // with a polynomial p fitted for the least relative error (1.6e-7), so that Phi keeps its relative precision for
 // negative u, where 1 + erf(u / sqrt 2) would cancel; and the backward needs the same exponential for phi.
@@ -18,8 +28,8 @@ struct Normal {
     Vec cumulative, exponential;
 };
 BERTFAST_INLINE Normal normal(Vec u) {
-    const Vec exponential = exp(u * u * -0.5f);
-    const Vec t = 1.0f / fma(u < 0.0f ? -u : u, splat(0.31f), splat(1.0f));
+    const Vec exponential = exp2(u * u * -0.721347520f);  // log2(e) / 2
+    const Vec t = reciprocal(fma(min(splat(20.0f), abs(u)), splat(0.31f), splat(1.0f)));
     Vec p = splat(0.0358403623f);
     p = fma(p, t, splat(-0.141599298f));
     p = fma(p, t, splat(0.155059502f));
@@ -44,7 +54,9 @@ struct TanhForm {
     static constexpr float a = 1.59576912f, b = 0.0713548163f;  // 2 sqrt(2 / pi), and 0.044715 times that
     BERTFAST_INLINE Vec sigmoid(Vec u) { return 1.0f / (1.0f + exp(-u * fma(u * u, splat(b), splat(a)))); }
     BERTFAST_INLINE Vec value(Vec u) { return u * sigmoid(u); }
-    BERTFAST_INLINE Vec derivative(Vec u) {
+    BERTFAST_INLINE Vec derivative(Vec unbounded) {
+        // s is 0 or 1 long before |u| = 20; beyond, u^2 would overflow, and 0 times infinity is no derivative.
+        const Vec u = max(splat(-20.0f), min(splat(20.0f), unbounded));
         const Vec s = sigmoid(u);
         return fma(u * s * (1.0f - s), fma(u * u, splat(3 * b), splat(a)), s);
     }

@@ -1,0 +1,49 @@
+"""bertfast: BERT encoders without padding, on fused kernels, with the same weights and the same outputs."""
+
+from importlib import metadata
+
+from bertfast import backend, ops
+from bertfast.config import BertConfig
+from bertfast.errors import BackendError, BertfastError, CheckpointError, UnsupportedModelError
+from bertfast.heads import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from bertfast.model import BertModel
+from bertfast.packing import PackedBatch, Packing, PackingCollator
+from bertfast.patching import explain, patch, unpatch
+
+try:
+    __version__ = metadata.version("bertfast")
+except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendError",
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "BertfastError",
+    "CheckpointError",
+    "PackedBatch",
+    "Packing",
+    "PackingCollator",
+    "UnsupportedModelError",
+    "__version__",
+    "backend",
+    "explain",
+    "ops",
+    "patch",
+    "unpatch",
+]

@@ -1,0 +1,111 @@
+"""What is known about a patched model between calls and during one: options, counts, and the frames of this thread."""
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from bertfast.eligibility import EmbeddingStructure, LayerStructure, Refusal, Structure
+from bertfast.families import Family, Reads
+from bertfast.layer import LayerPacks
+from bertfast.packing import Packing
+
+STATE = "_bertfast"  # the only attribute that patching adds to a module
+
+
+@dataclass
+class BackboneState:
+    """What patching keeps on a base model, its encoder and its embeddings: options and counts of calls.
+
+    Copies and pickles keep the options and start counting anew.
+    """
+
+    family: Family
+    padding: str = "exact"
+    pack_weights: bool = True
+    handles: list = field(default_factory=list)
+    calls: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+    structure: EmbeddingStructure | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "calls": Counter(), "reasons": Counter(), "structure": None}
+
+
+@dataclass
+class LayerState:
+    """What patching keeps on a layer: the packed weights and where its modules are. Copies and pickles are empty."""
+
+    family: Family
+    packs: LayerPacks
+    structure: LayerStructure | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "structure": None}
+
+
+@dataclass
+class HeadState:
+    """What patching keeps on a task model whose head reads padding."""
+
+    family: Family
+    reads: Reads
+    handles: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Goes to a layer in the mask's place: the tokens are packed like this; the mask is what stock code would take."""
+
+    packing: Packing
+    mask: Tensor | None
+
+
+class Frame:
+    """One call of a base model, or of an encoder alone. packing is None where the call runs on the rectangle."""
+
+    __slots__ = ("encoder", "fused", "model", "packing", "reasons", "rectangle")
+
+    def __init__(self, model: nn.Module | None, encoder: nn.Module) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.packing: Packing | None = None
+        self.rectangle: str | None = None  # why the call is not packed
+        self.reasons: set[str] = set()  # why parts of the call ran stock code
+        self.fused = False
+
+
+class _Calls(threading.local):
+    """The calls under way in this thread: threads may share a model, so nothing of a call is kept on the model."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.heads: list[tuple[nn.Module, nn.Module, Reads, Tensor | None]] = []
+
+
+calls = _Calls()
+
+
+def structure_of(owner: nn.Module, state: Any, kind: type[Structure]) -> Any:
+    """The verified modules of `owner`, found anew where they have changed; or the refusal."""
+    found = state.structure
+    if found is not None and found.owner is owner and found.is_current():
+        return found
+    try:
+        found = kind(owner, state.family)
+    except LookupError as error:
+        return Refusal(error.args[0])
+    # DataParallel's replicas share the original's state, but not its modules.
+    if not getattr(owner, "_is_replica", False):
+        state.structure = found
+    return found
+
+
+def count(state: BackboneState, frame: Frame) -> None:
+    """Add a call that has come through its encoder to the counts. A call is stock if no layer ran the fused ops."""
+    kind = "stock" if not frame.fused else "rectangle" if frame.packing is None else "packed"
+    state.calls[kind] += 1
+    for reason in frame.reasons if frame.rectangle is None else {frame.rectangle, *frame.reasons}:
+        state.reasons[reason] += 1

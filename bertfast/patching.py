@@ -1,0 +1,226 @@
+"""patch(model): run a live Hugging Face model on the fused ops, without padding, in place; unpatch; explain.
+
+The module tree, the parameters, `state_dict`, hooks, adapters and heads stay as they are. What changes is the class
+of the layer, encoder and embedding instances, to subclasses of their own that decide per call, and two hooks on the
+base model (see `bertfast.seams` and `bertfast.planning`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from bertfast import backend
+from bertfast.calls import STATE, BackboneState, HeadState, LayerState
+from bertfast.errors import UnsupportedModelError
+from bertfast.families import Family, head_of, role_of
+from bertfast.layer import LayerPacks
+from bertfast.planning import after_backbone, after_head, before_backbone, before_head
+from bertfast.seams import is_seam, seam_class, stock_class
+
+Padding = Literal["exact", "drop"]
+T = TypeVar("T")
+_OPS = ("embed_layer_norm", "linear", "varlen_attention", "residual_layer_norm", "bias_gelu")
+
+
+def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) -> T:
+    """Make every BERT inside `model` run on the fused ops without padding. Returns the same object.
+
+    Args:
+        model: a transformers model, a SentenceTransformer, a CrossEncoder, or any module that has such a model inside.
+        padding: "exact" keeps stock's numbers wherever a head reads padding positions: the pooler under left padding,
+            the question-answering head, losses with labels on padding; such calls run the fused ops on the whole
+            rectangle. "drop" runs every call without padding; hidden states at padding positions are zero then, as
+            they are in "exact" where no head of transformers reads them.
+        pack_weights: keep a second, packed copy of the layers' weights for inference on the CPU, which makes the
+            GEMMs up to twice as fast. See `bertfast.ops.PackedWeights` for what may change weights unseen.
+
+    What the fused path cannot do (decoders, attention maps, replaced submodules, torch.compile, ...) runs stock code
+    for that call; `explain` counts it with the reason. Patching again changes the options. Patch before wrapping layers
+    in FSDP. Raises UnsupportedModelError where there is no supported model inside, ValueError for unknown options.
+    """
+    if padding not in ("exact", "drop"):
+        raise ValueError(f'padding must be "exact" or "drop", not {padding!r}')
+    root = _root(model)
+    found = list(_backbones(root))
+    if not found:
+        raise UnsupportedModelError(_what_is_there(model, root))
+    for _, backbone, family in found:
+        _patch_backbone(backbone, family, padding, pack_weights)
+    patched = {id(backbone) for _, backbone, _ in found}
+    for module in root.modules():
+        head = head_of(type(module))
+        if head is not None and STATE not in module.__dict__ and id(getattr(module, head[0].prefix, None)) in patched:
+            state = HeadState(*head)
+            module.__dict__[STATE] = state
+            state.handles = [
+                module.register_forward_pre_hook(before_head, with_kwargs=True),
+                module.register_forward_hook(after_head, always_call=True),
+            ]
+    return model
+
+
+def _patch_backbone(model: nn.Module, family: Family, padding: Padding, pack_weights: bool) -> None:
+    state = model.__dict__.get(STATE)
+    if state is None:
+        state = BackboneState(family, padding, pack_weights)
+        model.__dict__[STATE] = state
+        state.handles = [
+            model.register_forward_pre_hook(before_backbone, with_kwargs=True),
+            model.register_forward_hook(after_backbone, always_call=True),
+        ]
+    state.padding, state.pack_weights = padding, pack_weights
+    for module in model.modules():
+        role = (role_of(stock_class(type(module))) or (None, None))[1]
+        if role in ("encoder", "embeddings", "layer") and (is_seam(module) or role_of(type(module)) is not None):
+            if role != "layer":
+                module.__dict__[STATE] = state
+            elif STATE not in module.__dict__:
+                module.__dict__[STATE] = LayerState(family, LayerPacks.empty() if pack_weights else LayerPacks())
+            elif (module.__dict__[STATE].packs.qkv is not None) is not pack_weights:
+                module.__dict__[STATE].packs = LayerPacks.empty() if pack_weights else LayerPacks()
+            if not is_seam(module):
+                module.__class__ = seam_class(type(module))
+
+
+def unpatch(model: T) -> T:
+    """Undo `patch`: the same objects with their own classes, without our hooks and state. Returns the same object.
+
+    Does nothing to a model that is not patched. Raises UnsupportedModelError where a patched module was wrapped into
+    another class afterwards, as FSDP does: undo that first.
+    """
+    modules = [m for m in _root(model).modules() if STATE in m.__dict__]
+    for module in modules:
+        state = module.__dict__[STATE]
+        if not is_seam(module) and not (isinstance(state, HeadState) or role_of(type(module)) is not None):
+            raise UnsupportedModelError(f"a patched module has become a {_name(type(module))}: undo that first")
+    for module in modules:
+        state = module.__dict__.pop(STATE)
+        if is_seam(module):
+            module.__class__ = stock_class(type(module))
+        else:
+            for handle in state.handles:
+                handle.remove()
+    return model
+
+
+def _root(model: Any) -> nn.Module:
+    """The module to look into. Cross-encoders were plain objects around `.model` before sentence-transformers 4."""
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+        if isinstance(inner, nn.Module):
+            return inner
+        raise UnsupportedModelError(f"{_name(type(model))} is neither a torch.nn.Module nor has one as `.model`")
+    return model
+
+
+def _backbones(root: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+    for name, module in root.named_modules():
+        role = role_of(type(module))
+        if role is not None and role[1] == "model":
+            yield name, module, role[0]
+
+
+def _what_is_there(model: Any, root: nn.Module) -> str:
+    models = {type(m) for m in root.modules() if hasattr(type(m), "from_pretrained") and hasattr(m, "config")}
+    kinds = sorted(_name(kind) for kind in models - {type(model)})
+    found = f" with {', '.join(kinds)} inside" if kinds else ""
+    return (
+        f"no supported model in this {_name(type(model))}{found}: patch knows transformers' BertModel "
+        "and what is built on it (the exact class, not subclasses)"
+    )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@dataclass(frozen=True)
+class BackboneReport:
+    """What one base model did since it was patched.
+
+    calls: how many ran packed, on the rectangle with fused layers, and on stock code. reasons: why calls, or parts of
+    them, were not packed or not fused, with how often. ops: the backend of each op for the model's dtype and device,
+    with what was refused. packed_bytes: memory of the packed weights.
+    """
+
+    name: str
+    model: str
+    patched: bool
+    dtype: str
+    device: str
+    layers: int
+    options: dict[str, Any] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    ops: dict[str, dict[str, Any]] = field(default_factory=dict)
+    packed_bytes: int = 0
+
+    def __str__(self) -> str:
+        head = f"{self.name or '(the model itself)'}: {self.model}, {self.layers} layers, {self.dtype} on {self.device}"
+        if not self.patched:
+            return f"{head}\n  not patched"
+        lines = [
+            head,
+            "  options   " + ", ".join(f"{k}={v!r}" for k, v in self.options.items()),
+            "  calls     " + ", ".join(f"{n} {kind}" for kind, n in self.calls.items()),
+            *(f"    {n:>6}  {reason}" for reason, n in sorted(self.reasons.items(), key=lambda item: -item[1])),
+            f"  packed    {self.packed_bytes / 1e6:.1f} MB of weights",
+        ]
+        for op, choice in self.ops.items():
+            refused = "".join(f"; {backend}: {reason}" for backend, reason in choice["refused"].items())
+            lines.append(f"  {op:<20} {choice['backend']}{refused}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found: one entry for each base model. `str()` prints it, `to_dict()` is for JSON."""
+
+    backbones: tuple[BackboneReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in dicts, lists, strings and numbers."""
+        return {"backbones": [asdict(b) for b in self.backbones]}
+
+    def __str__(self) -> str:
+        return "\n".join(str(b) for b in self.backbones)
+
+
+def explain(model: Any) -> Report:
+    """What each base model inside did since `patch`, on which backends, and what kept calls from the fast path.
+
+    Raises UnsupportedModelError where there is no supported model inside.
+    """
+    root = _root(model)
+    reports = tuple(_explain(name, module) for name, module, _ in _backbones(root))
+    if not reports:
+        raise UnsupportedModelError(_what_is_there(model, root))
+    return Report(reports)
+
+
+def _explain(name: str, model: nn.Module) -> BackboneReport:
+    weight = next(model.parameters(), torch.empty(0))
+    state = model.__dict__.get(STATE)
+    layers = [m for m in model.modules() if (role_of(stock_class(type(m))) or (None, None))[1] == "layer"]
+    about = {
+        "name": name,
+        "model": _name(type(model)),
+        "patched": state is not None,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": str(weight.device),
+        "layers": len(layers),
+    }
+    if state is None:
+        return BackboneReport(**about)
+    choices = [backend.explain(op, weight.device, weight.dtype) for op in _OPS]
+    return BackboneReport(
+        **about,
+        options={"padding": state.padding, "pack_weights": state.pack_weights},
+        calls={kind: state.calls[kind] for kind in ("packed", "rectangle", "stock")},
+        reasons=dict(state.reasons),
+        ops={c.op: {"backend": c.backend, "refused": dict(c.refused)} for c in choices},
+        packed_bytes=sum(m.__dict__[STATE].packs.nbytes for m in layers if STATE in m.__dict__),
+    )
