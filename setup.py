@@ -2,7 +2,8 @@
 
 Neither needs PyTorch to build. Both are optional: where the compiler is missing or fails, bertfast installs
 without them, says so, and runs in PyTorch. BERTFAST_CPU / BERTFAST_CUDA = 1 makes such a failure an error, and
-= 0 skips the build. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meanings.
+= 0 skips the build. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meanings; CUDA_HOME or CUDA_PATH says where
+nvcc is, NVCC_PREPEND_FLAGS and NVCC_APPEND_FLAGS are nvcc's own, and BERTFAST_CUDA_ARCHS="80;90a" chooses GPUs.
 """
 
 import os
@@ -30,6 +31,10 @@ X86_ISAS = {
 KERNELS = ("attention", "embedding", "gelu", "norm")
 # No -ffast-math: NaN, infinities and the order of sums are part of the results.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"]
+
+# Ampere, Ada, Hopper and Blackwell: machine code for these, and PTX of the last for what comes after them.
+CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100")
+CUDA_KERNELS = ("gelu",)
 
 
 class Object(NamedTuple):
@@ -80,7 +85,48 @@ def cpu() -> tuple[list[Object], list[str]]:
     return objects, link_command()
 
 
-MODULES = {"bertfast._cpu": (cpu, "BERTFAST_CPU")}
+def nvcc() -> str:
+    """nvcc of $CUDA_HOME, of $CUDA_PATH, or the first on the PATH."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for path in [*(os.path.join(home, "bin") for home in homes), None]:
+        found = shutil.which("nvcc", path=path)
+        if found:
+            return found
+    raise Unavailable(f"no nvcc was found in {', '.join([*homes, 'the PATH'])}")
+
+
+def cuda_architectures(compiler: str) -> list[str]:
+    """$BERTFAST_CUDA_ARCHS, or those of CUDA_ARCHITECTURES that this nvcc knows ("90a" where it knows sm_90)."""
+    wanted = os.environ.get("BERTFAST_CUDA_ARCHS", "").replace(";", " ").split()
+    listed = subprocess.run([compiler, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+    known = wanted or [a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in listed]
+    if not known:
+        raise Unavailable(f"{compiler} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+    return known
+
+
+def cuda() -> tuple[list[Object], list[str]]:
+    """The objects of `_cuda` and the command that links them. nvcc finds the toolkit's headers and libraries."""
+    compiler = nvcc()
+    architectures = cuda_architectures(compiler)
+    newest = str(max(int(a.rstrip("af")) for a in architectures))  # PTX of sm_90a would run on sm_90 alone
+    host = f"-ccbin={next(w for w in reversed(cxx()) if not w.startswith('-'))}"  # of "ccache g++ -m64", g++
+    names = " ".join([*architectures, f"{newest}+PTX"])
+    compile_ = [compiler, host, "-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    targets = [(a, f"sm_{a}") for a in architectures] + [(newest, f"compute_{newest}")]
+    gencode = [f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in targets]
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    gencode.append(f"--threads={max(1, jobs // len(CUDA_KERNELS))}")  # architectures at once, of each file
+    objects = [Object(kernel, CSRC / "cuda" / f"{kernel}.cu", [*compile_, *gencode]) for kernel in CUDA_KERNELS]
+    objects.append(Object("device", CSRC / "cuda" / "device.cpp", [*compile_, f'-DBERTFAST_ARCHITECTURES="{names}"']))
+    bindings = [*cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *python_includes()]
+    objects.append(Object("cuda_bindings", CSRC / "cuda_bindings.cpp", bindings))
+    # The static runtime loads where there is no driver, and does not care which one PyTorch brings.
+    link = [compiler, host, "-shared", "-cudart=static", "-nodlink", "-forward-unknown-to-host-compiler"]
+    return objects, [*link, *shlex.split(os.environ.get("LDFLAGS", ""))]
+
+
+MODULES = {"bertfast._cpu": (cpu, "BERTFAST_CPU"), "bertfast._cuda": (cuda, "BERTFAST_CUDA")}
 
 
 def ninja(directory: Path, objects: list[Object], link: list[str], target: Path) -> None:

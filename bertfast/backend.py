@@ -17,7 +17,7 @@ import torch
 from bertfast import native
 from bertfast.errors import BackendError
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
 _ENVIRONMENT = "BERTFAST_BACKEND"
 
 
@@ -47,17 +47,63 @@ def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
     return _REFUSALS[backend](device, dtype)
 
 
+def _refuse_cuda(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda":
+        return f"runs on CUDA tensors, not on {device}"
+    if native.cuda is None:
+        return native.cuda_reason
+    if torch.version.hip is not None:
+        return "runs on NVIDIA's GPUs, and this PyTorch was built for AMD's"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes float32, bfloat16 and float16, not {_name(dtype)}"
+    if native.cuda.device_count() == 0:
+        driver, runtime = _version(native.cuda.driver_version()), _version(native.cuda.runtime_version())
+        return f"finds no GPU: it was built with CUDA {runtime}, and the driver supports {driver}"
+    capability = torch.cuda.get_device_capability()
+    architectures = native.cuda.architectures()
+    if not has_code_for(capability, architectures):
+        return f"was built for sm_{', '.join(architectures)}, not for sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether a build for `architectures`, as the native module names them, runs on a GPU of this capability.
+
+    "86" is machine code for 8.6 and the later 8.x; "90a" for 9.0 alone; "100+PTX" is compiled by the driver for 10.0
+    and everything later.
+    """
+    for name in architectures:
+        built = divmod(int(name.removesuffix("+PTX").rstrip("af")), 10)
+        if name.endswith("+PTX"):
+            fits = capability >= built
+        else:
+            fits = capability == built or (not name.endswith("a") and capability[0] == built[0] and capability > built)
+        if fits:
+            return True
+    return False
+
+
+def _version(number: int) -> str:
+    """A CUDA version as CUDA counts them, 13000 for 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none (there is no driver)"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _refuse_cpu(device: str, dtype: torch.dtype) -> str | None:
     if native.cpu is None:
         return native.cpu_reason
     if device != "cpu":
         return f"runs on CPU tensors, not on {device}"
     if dtype not in (torch.float32, torch.bfloat16):
-        return f"computes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"computes float32 and bfloat16, not {_name(dtype)}"
     return None
 
 
 _REFUSALS: dict[str, Callable[[str, torch.dtype], str | None]] = {
+    "cuda": _refuse_cuda,
     "cpu": _refuse_cpu,
     "reference": lambda device, dtype: None,
 }

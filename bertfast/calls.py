@@ -19,12 +19,15 @@ STATE = "_bertfast"  # the only attribute that patching adds to a module
 class BackboneState:
     """What patching keeps on a base model, its encoder and its embeddings: options and counts of calls.
 
+    pooled: whether the model has a pooler. reads: what the task model's head around it reads at padding positions.
     Copies and pickles keep the options and start counting anew.
     """
 
     family: Family
     padding: str = "exact"
     pack_weights: bool = True
+    pooled: bool = False
+    reads: Reads | None = None
     handles: list = field(default_factory=list)
     calls: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
@@ -48,10 +51,9 @@ class LayerState:
 
 @dataclass
 class HeadState:
-    """What patching keeps on a task model whose head reads padding."""
+    """What patching keeps on a task model whose head reads padding where labels stand on it."""
 
     family: Family
-    reads: Reads
     handles: list = field(default_factory=list)
 
 
@@ -82,7 +84,7 @@ class _Calls(threading.local):
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
-        self.heads: list[tuple[nn.Module, nn.Module, Reads, Tensor | None]] = []
+        self.heads: list[tuple[nn.Module, nn.Module, Tensor | None]] = []
 
 
 calls = _Calls()

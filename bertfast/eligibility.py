@@ -196,43 +196,52 @@ class LayerStructure(Structure):
 
     def read(self, x: Tensor) -> LayerReading | Refusal:
         """The parameters and settings for this call on hidden states `x`; for a layer without a `refusal`."""
-        dtype, device = x.dtype, x.device
-        reason = refuse_kind(dtype, device)
+        reason = refuse_kind(x.dtype, x.device)
         if reason is not None:
             return reason
-        activation = activation_of(self._find_activation())
-        if activation is None:
-            return Refusal(f"no kernel for the activation {self._find_activation()}")
-        first, second = self._norms
-        if first.eps != second.eps:
-            return Refusal("the two norms have different eps")
-        hidden = attention = 0.0
-        training = self.owner.__dict__["training"]
-        if any(d["training"] is not training for d in self._training):
-            return Refusal("parts of the layer are in training mode, others are not")
-        if training:
-            hidden, other = (m.p for m in self._hidden_dropouts)
-            # In 4.57 the sdpa attention keeps the probability beside the module and reads its own copy.
-            attention = self._self_attention.__dict__.get("dropout_prob", self._attention_dropout.p)
-            if hidden != other:
-                return Refusal("the two hidden dropouts have different probabilities")
-            if hidden >= 1.0 or attention >= 1.0:
-                return Refusal("a dropout of everything")
-        t = _tensors(self._sources, dtype, device)
+        t = _tensors(self._sources, x.dtype, x.device)
         if type(t) is Refusal:
             return t
+        hidden = attention = 0.0
+        if self.owner.__dict__["training"]:
+            hidden, attention = self._hidden_dropouts[0].p, self._attention_rate()
         attributes = self._self_attention.__dict__
         size = attributes["attention_head_size"]
         return LayerReading(
             LayerParameters((t[0], t[2], t[4]), (t[1], t[3], t[5]), *t[6:]),
-            LayerSettings(attributes["num_attention_heads"], first.eps, activation, hidden, attention),
+            LayerSettings(
+                attributes["num_attention_heads"],
+                self._norms[0].eps,
+                activation_of(self._find_activation()) or "none",
+                hidden,
+                attention,
+            ),
             attributes.get("scaling", size**-0.5),
         )
+
+    def _attention_rate(self) -> float:
+        # In 4.57 the sdpa attention keeps the probability beside the module and reads its own copy.
+        return self._self_attention.__dict__.get("dropout_prob", self._attention_dropout.p)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the weights, as far as one of them tells."""
+        return getattr(self.places["query"]._parameters.get("weight"), "dtype", None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the weights, as far as one of them tells."""
+        return getattr(self.places["query"]._parameters.get("weight"), "device", None)
+
+    @property
+    def config(self) -> Any:
+        """The configuration that the attention reads at each call; None in transformers 4, where it reads none."""
+        return self._self_attention.__dict__.get("config")
 
     @property
     def adds_mask(self) -> bool:
         """Whether the stock attention adds its mask to the scores, be it boolean or not."""
-        config = self._self_attention.__dict__.get("config")
+        config = self.config
         if config is None:  # transformers 4 has a class for each implementation
             return "Sdpa" not in type(self._self_attention).__name__
         return config._attn_implementation != "sdpa"
@@ -242,7 +251,7 @@ class LayerStructure(Structure):
         return owner._modules.get(self._activation) or owner.__dict__.get(self._activation)
 
     def refusal(self) -> Refusal | None:
-        """Why stock code has to run the layer whatever its input."""
+        """Why stock code has to run the layer whatever its input; `refuse_config(self.config)` is another question."""
         layer, attention = self.owner.__dict__, self._self_attention.__dict__
         if layer["is_decoder"] or attention.get("is_decoder") or attention.get("is_causal"):
             return Refusal("decoder")
@@ -252,29 +261,34 @@ class LayerStructure(Structure):
             return Refusal("relative positions")
         if self._attention.__dict__.get("pruned_heads"):
             return Refusal("pruned heads")
-        config = attention.get("config")
-        if config is not None and (reason := refuse_config(config)) is not None:
-            return reason
         activation = self._activation_owner._modules.get(self._activation)
         if activation is not None and (hooks_matter(activation) or "forward" in activation.__dict__):
             return Refusal("the activation has hooks or a forward of its own")
+        if activation_of(self._find_activation()) is None:
+            return Refusal(f"no kernel for the activation {self._find_activation()}")
+        if self._norms[0].eps != self._norms[1].eps:
+            return Refusal("the two norms have different eps")
+        training = layer["training"]
+        if any(d["training"] is not training for d in self._training):
+            return Refusal("parts of the layer are in training mode, others are not")
+        if training:
+            first, second = self._hidden_dropouts
+            if first.p != second.p:
+                return Refusal("the two hidden dropouts have different probabilities")
+            if first.p >= 1.0 or self._attention_rate() >= 1.0:
+                return Refusal("a dropout of everything")
         return super().refusal()
 
 
-def refuse_config(config: object) -> Refusal | None:
-    """What a configuration asks for that only stock code does."""
-    # Configurations look every attribute up in Python, which would cost more than all other checks of a layer.
-    values = object.__getattribute__(config, "__dict__")
-
-    def value(stored: str, name: str) -> Any:
-        return values[stored] if stored in values else getattr(config, name, None)
-
-    attention = value("_attn_implementation_internal", "_attn_implementation")
-    if attention not in ("eager", "sdpa", None):
-        return Refusal(f"attention implementation {attention}")
-    if value("_output_attentions", "output_attentions"):
+def refuse_config(config: Any) -> Refusal | None:
+    """What a configuration asks for that only stock code does; nothing if it is None."""
+    if config is None:
+        return None
+    if config._attn_implementation not in ("eager", "sdpa", None):
+        return Refusal(f"attention implementation {config._attn_implementation}")
+    if config.output_attentions:
         return Refusal("attentions wanted")
-    if value("is_decoder", "is_decoder"):
+    if getattr(config, "is_decoder", False):
         return Refusal("decoder")
     return None
 

@@ -5,6 +5,8 @@ a process which never loaded transformers does not pay for it.
 """
 
 import functools
+import inspect
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +18,7 @@ Role = Literal["model", "embeddings", "encoder", "layer"]
 Reads = Literal["always", "labels"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One architecture that computes what BERT does, and what its parts are called in transformers.
 
@@ -145,6 +147,18 @@ def head_of(kind: type) -> tuple[Family, Reads] | None:
             if base.__module__ == family.module and base.__qualname__ in family.heads:
                 return family, family.heads[base.__qualname__]
     return None
+
+
+def stock_class(kind: type) -> type:
+    """The class as transformers defines it, of one that may be derived from it; `kind` itself where there is none."""
+    return next((base for base in kind.__mro__ if role_of(base) is not None), kind)
+
+
+@functools.cache
+def is_legacy(family: Family) -> bool:
+    """Whether the family's layers are transformers 4's, which take a head mask and return tuples."""
+    layer = getattr(sys.modules[family.module], family.layer)
+    return "head_mask" in inspect.signature(layer.forward).parameters
 
 
 @functools.cache

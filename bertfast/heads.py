@@ -19,8 +19,7 @@ from bertfast.model import BertModel, BertModelOutput, ModelOutput
 from bertfast.ops import linear
 from bertfast.packing import PackedBatch, Packing
 
-# What the heads take besides their labels; see BertModel.forward.
-Inputs = Tensor | PackedBatch | None
+Inputs = Tensor | PackedBatch | None  # each of what BertModel.forward takes
 
 
 @dataclass

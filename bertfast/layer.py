@@ -87,7 +87,7 @@ def encoder_layer(
     """
     p, s = parameters, settings
     qkv = linear(x, p.qkv_weights, p.qkv_biases, packed=packs.qkv)
-    context = attend(qkv.view(x.shape[0], 3, s.heads, -1)).flatten(1)
+    context = attend(qkv.unflatten(1, (3, s.heads, -1))).flatten(1)
     y = _add_norm(
         linear(context, p.attention_weight, packed=packs.attention),
         *(x, p.attention_bias, p.attention_norm_weight, p.attention_norm_bias, s),

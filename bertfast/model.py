@@ -59,7 +59,7 @@ class _FreezeRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        gradient = gradient.clone()
+        # In place: the gradient comes fresh from embed_layer_norm's backward, and a copy of a table is 90 MB.
         gradient[ctx.row] = 0
         return gradient, None
 

@@ -128,12 +128,13 @@ class PackedBatch:
         input_ids: Sequence[Sequence[int]],
         token_type_ids: Sequence[Sequence[int]] | None = None,
         labels: Sequence | None = None,
+        token_labels: bool = False,
         device: torch.device | str = "cpu",
     ) -> "PackedBatch":
         """The packed batch of token lists, one list a sequence, as a tokenizer gives them without padding.
 
-        labels: one list of as many labels as tokens for each sequence, or one label (a number or a list of numbers) a
-        sequence. Raises ValueError where the lists do not fit one another.
+        labels: one label (a number or a list of numbers) a sequence; with token_labels, a list of as many labels as
+        tokens a sequence. Raises ValueError where the lists do not fit one another.
         """
         lengths = [len(ids) for ids in input_ids]
         if token_type_ids is not None and [len(ids) for ids in token_type_ids] != lengths:
@@ -145,7 +146,7 @@ class PackedBatch:
             positions.to(device),
             packing,
             None if token_type_ids is None else _concatenate(token_type_ids).to(device),
-            None if labels is None else _labels(labels, lengths).to(device),
+            None if labels is None else _labels(labels, lengths, token_labels).to(device),
         )
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -166,13 +167,15 @@ def _concatenate(lists: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([i for ids in lists for i in ids], dtype=torch.int64)
 
 
-def _labels(labels: Sequence, lengths: list[int]) -> Tensor:
+def _labels(labels: Sequence, lengths: list[int], token_labels: bool) -> Tensor:
     if len(labels) != len(lengths):
         raise ValueError(f"{len(labels)} labels for {len(lengths)} sequences")
-    by_token = [isinstance(row, Sequence) and len(row) == n for row, n in zip(labels, lengths, strict=True)]
-    if labels and all(by_token) and not all(n == 1 for n in lengths):
-        return _concatenate(labels)
-    return torch.tensor(labels)
+    if not token_labels:
+        return torch.tensor(labels)
+    if wrong := [i for i, (row, n) in enumerate(zip(labels, lengths, strict=True)) if len(row) != n]:
+        i = wrong[0]
+        raise ValueError(f"sequence {i} has {lengths[i]} tokens and {len(labels[i])} labels")
+    return _concatenate(labels)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,12 @@ class PackingCollator:
     A feature is a mapping with `input_ids` and, if there, `token_type_ids` and one of `labels` or `label`, lists
     without padding; `attention_mask`, if there, must be all ones. Anything else in it is an error, so that nothing is
     dropped in silence.
+
+    token_labels: whether labels are those of the tokens (masked language modelling, named entities) rather than of the
+        sequence.
     """
+
+    token_labels: bool = False
 
     def __call__(self, features: Sequence[dict]) -> PackedBatch:
         known = {"input_ids", "token_type_ids", "attention_mask", "labels", "label"}
@@ -194,4 +202,4 @@ class PackingCollator:
             raise ValueError("a feature is padded (its attention_mask has zeros): tokenize with padding=False")
         columns = {k: [f[k] for f in features] for k in known - {"attention_mask"} if k in features[0]}
         labels = columns.get("labels", columns.get("label"))
-        return PackedBatch.from_lists(columns["input_ids"], columns.get("token_type_ids"), labels)
+        return PackedBatch.from_lists(columns["input_ids"], columns.get("token_type_ids"), labels, self.token_labels)

@@ -15,10 +15,10 @@ from torch import nn
 from bertfast import backend
 from bertfast.calls import STATE, BackboneState, HeadState, LayerState
 from bertfast.errors import UnsupportedModelError
-from bertfast.families import Family, head_of, role_of
+from bertfast.families import Family, head_of, role_of, stock_class
 from bertfast.layer import LayerPacks
 from bertfast.planning import after_backbone, after_head, before_backbone, before_head
-from bertfast.seams import is_seam, seam_class, stock_class
+from bertfast.seams import is_seam, seam_class
 
 Padding = Literal["exact", "drop"]
 T = TypeVar("T")
@@ -49,16 +49,19 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) ->
         raise UnsupportedModelError(_what_is_there(model, root))
     for _, backbone, family in found:
         _patch_backbone(backbone, family, padding, pack_weights)
-    patched = {id(backbone) for _, backbone, _ in found}
     for module in root.modules():
-        head = head_of(type(module))
-        if head is not None and STATE not in module.__dict__ and id(getattr(module, head[0].prefix, None)) in patched:
-            state = HeadState(*head)
-            module.__dict__[STATE] = state
-            state.handles = [
-                module.register_forward_pre_hook(before_head, with_kwargs=True),
-                module.register_forward_hook(after_head, always_call=True),
-            ]
+        family, reads = head_of(type(module)) or (None, None)
+        base = None if family is None else getattr(module, family.prefix, None)
+        if isinstance(base, nn.Module) and isinstance(base.__dict__.get(STATE), BackboneState):
+            base.__dict__[STATE].reads = reads
+            if reads == "labels" and STATE not in module.__dict__:
+                module.__dict__[STATE] = HeadState(
+                    family,
+                    [
+                        module.register_forward_pre_hook(before_head, with_kwargs=True),
+                        module.register_forward_hook(after_head, always_call=True),
+                    ],
+                )
     return model
 
 
@@ -72,6 +75,7 @@ def _patch_backbone(model: nn.Module, family: Family, padding: Padding, pack_wei
             model.register_forward_hook(after_backbone, always_call=True),
         ]
     state.padding, state.pack_weights = padding, pack_weights
+    state.pooled = getattr(model, family.pooler, None) is not None
     for module in model.modules():
         role = (role_of(stock_class(type(module))) or (None, None))[1]
         if role in ("encoder", "embeddings", "layer") and (is_seam(module) or role_of(type(module)) is not None):

@@ -179,7 +179,8 @@ def test_check_passes(capsys, checkpoint, lines, name):
     assert {"embeddings", "layer 1", "layer 2", "last_hidden_state"} <= report["errors"].keys()
     head = {"BertModel": "pooler_output", "BertForQuestionAnswering": "end_logits"}.get(name, "logits")
     assert 0 <= report["errors"][head]["patched_max"] <= report["errors"][head]["limit"]
-    assert report["calls"]["packed"] >= 2
+    # A question-answering head reads padding, so with exact numbers its calls are not packed.
+    assert report["calls"]["rectangle" if name == "BertForQuestionAnswering" else "packed"] >= 2
 
 
 def test_check_in_words_on_texts_made_here(capsys, checkpoint):

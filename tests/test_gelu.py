@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from bertfast import reference
+from bertfast import backend, reference
 from bertfast.ops import bias_gelu
 
 SHAPES = [(0, 8), (1, 1), (1, 3072), (3, 17), (65, 1248), (130, 96), (257, 5)]
@@ -30,6 +30,42 @@ def test_parity_in_both_directions(implementation, shape, approximate, dtype):
         ("x", "bias"),
         rows=shape[0],
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+@pytest.mark.parametrize("shape", [*SHAPES, (9000, 768)])  # more rows than the shortest chunks have room for
+def test_parity_on_the_gpu(shape, approximate, dtype):
+    with backend.use("cuda"):
+        parity.check_gradients(
+            lambda x, bias: bias_gelu(x, bias, approximate=approximate),
+            lambda x, bias: reference.bias_gelu(x, bias, approximate),
+            lambda x, bias: F.gelu(x + bias, approximate=approximate),
+            [t.cuda() for t in make_inputs(*shape, dtype)],
+            ("x", "bias"),
+            rows=shape[0],
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_addresses_that_are_not_aligned_on_the_gpu(dtype):
+    x, bias = (t.cuda() for t in make_inputs(33, 256, dtype))
+    shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x)
+    with backend.use("cuda"):
+        assert shifted.data_ptr() % 16 and torch.equal(bias_gelu(shifted, bias), bias_gelu(x, bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_extremes_on_the_gpu(approximate):
+    x = torch.tensor([[float("nan"), float("inf"), 1e30, -1e30, 0.0]], device="cuda", requires_grad=True)
+    with backend.use("cuda"):
+        out = bias_gelu(x, approximate=approximate)
+        (dx,) = torch.autograd.grad(out.sum(), x)
+    assert out[0, 0].isnan() and out[0, 1:].tolist() == [float("inf"), x[0, 2].item(), 0, 0]
+    assert dx[0, 0].isnan() and dx[0, 1:].tolist() == pytest.approx([1, 1, 0, 0.5])
 
 
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)

@@ -166,9 +166,12 @@ def test_an_answer_in_the_padding_is_ignored(build, ids):
     assert torch.isfinite(empty.loss) and torch.isfinite(empty.start_logits).all()
 
 
+BY_TOKEN = (*ONE_VALUE_A_TOKEN, "BertForPreTraining")
+
+
 def labels_for(name: str, rows: list[list[int]]) -> list | None:
     """Labels of each sequence, as the collator takes them."""
-    if name in ONE_VALUE_A_TOKEN or name == "BertForPreTraining":
+    if name in BY_TOKEN:
         return [[-100 if i % 3 == 0 and i else 1 for i in range(len(row))] for row in rows]
     if name == "BertForQuestionAnswering":
         return [[0, len(row) - 1] for row in rows]
@@ -179,15 +182,14 @@ def labels_for(name: str, rows: list[list[int]]) -> list | None:
 def test_a_packed_batch_gives_what_the_rectangle_gives(build, name):
     model = build(name)
     rows = [torch.randint(0, 53, (n,)).tolist() for n in (11, 1, 5)]
-    batch = PackedBatch.from_lists(rows, labels=labels_for(name, rows))
+    batch = PackedBatch.from_lists(rows, labels=labels_for(name, rows), token_labels=name in BY_TOKEN)
     pad = batch.packing.pad
     ids, mask = pad(batch.input_ids), pad(torch.ones(17, dtype=torch.int64))
     given = {"next_sentence_label": torch.tensor([0, 1, 0])} if name == "BertForPreTraining" else {}
     if name == "BertForQuestionAnswering":
         labels = dict(zip(("start_positions", "end_positions"), batch.labels.unbind(1), strict=True))
     else:
-        by_token = batch.labels.shape == (17,)
-        labels = {"labels": pad(batch.labels, -100) if by_token else batch.labels}
+        labels = {"labels": pad(batch.labels, -100) if name in BY_TOKEN else batch.labels}
     with torch.no_grad():
         packed = model(batch, **given, output_hidden_states=True)
         padded = model(ids, mask, **labels, **given, output_hidden_states=True)

@@ -92,7 +92,8 @@ def test_a_batch_of_lists():
 
 
 def test_labels_by_token_or_by_sequence():
-    assert PackedBatch.from_lists([[1, 2], [3]], labels=[[-100, 5], [6]]).labels.tolist() == [-100, 5, 6]
+    by_token = PackedBatch.from_lists([[1, 2], [3]], labels=[[-100, 5], [6]], token_labels=True)
+    assert by_token.labels.tolist() == [-100, 5, 6]
     assert PackedBatch.from_lists([[1, 2], [3]], labels=[0.5, 1.5]).labels.tolist() == [0.5, 1.5]
     assert PackedBatch.from_lists([[1, 2, 3], [3]], labels=[[0, 1], [1, 1]]).labels.tolist() == [[0, 1], [1, 1]]
 
@@ -100,6 +101,8 @@ def test_labels_by_token_or_by_sequence():
 def test_lists_that_do_not_fit():
     with pytest.raises(ValueError, match="lengths of input_ids"):
         PackedBatch.from_lists([[1, 2]], token_type_ids=[[0]])
+    with pytest.raises(ValueError, match="sequence 1 has 1 tokens and 2 labels"):
+        PackedBatch.from_lists([[1, 2], [3]], labels=[[0, 1], [0, 1]], token_labels=True)
     with pytest.raises(ValueError, match="1 labels for 2 sequences"):
         PackedBatch.from_lists([[1, 2], [3]], labels=[0])
 

@@ -1,7 +1,7 @@
 """Compare a model before and after bertfast.patch, output by output, and say whether the numbers are the same.
 
 Both are compared with stock code in float64 on the same weights. The verdict is PASS where no output of the patched
-model is further from that than twice stock's own error (or rounding: 2e-5 in float32, two units in the last place in
+model is further from that than twice stock's own error (or rounding: 2e-5 in float32, one unit in the last place in
 bfloat16), and the fused path ran at all. Exit status: 0 for PASS, 1 for FAIL.
 """
 

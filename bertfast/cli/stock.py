@@ -112,10 +112,10 @@ class Row:
     def limit(self, dtype: torch.dtype) -> float:
         """The largest error that passes: twice stock's own, and at least what rounding alone can do.
 
-        That is 2e-5 in float32, and in half precision two units in the last place of the largest value: where few
+        That is 2e-5 in float32, and in half precision one unit in the last place of the largest value: where few
         numbers are compared, stock's own error may be next to nothing by luck.
         """
-        floor = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * self.magnitude
+        floor = 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * self.magnitude
         return max(floor, 2 * self.stock.largest)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast import backend, reference
-from bertfast.ops import cpu, registry
+from bertfast.ops import cpu, cuda, registry
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -48,11 +48,27 @@ def _cpu_backward(dout, x, bias, approximate):
     return dx, dbias
 
 
+def _cuda_forward(x, bias, approximate):
+    x, bias = cpu.dense(x, bias)
+    out = torch.empty_like(x)
+    cuda.launch("bias_gelu_fwd", x, x, bias, out, *x.shape, approximate == "tanh")
+    return out
+
+
+def _cuda_backward(dout, x, bias, approximate):
+    dout, x, bias = cpu.dense(dout, x, bias)
+    dx, dbias = torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+    sums = (None, None) if bias is None else (dbias, cuda.column_sums(x))
+    cuda.launch("bias_gelu_bwd", x, dout, x, bias, dx, *sums, *x.shape, approximate == "tanh")
+    return dx, dbias
+
+
 def _reference_backward(dout, x, bias, approximate):
     dx, dbias = reference.bias_gelu_backward(dout, x, bias, approximate)
     return dx, x.new_empty(0) if bias is None else dbias
 
 
+backend.register("bias_gelu", "cuda", (_cuda_forward, _cuda_backward))
 backend.register("bias_gelu", "cpu", (_cpu_forward, _cpu_backward))
 backend.register("bias_gelu", "reference", (reference.bias_gelu, _reference_backward))
 

@@ -1,0 +1,27 @@
+"""What every op needs to call a launcher of the native CUDA module: addresses, dtype codes, the stream, workspaces."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertfast import native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Room for the sums over the rows of x, (rows, cols), that the launchers add up in a fixed order."""
+    return torch.empty(native.cuda.row_chunks(x.shape[0]), x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def launch(name: str, x: Tensor, *arguments: Any) -> Any:
+    """Call the launcher `name` on x's device, in x's dtype: tensors become addresses, None becomes 0.
+
+    It runs on the current stream of that device, which comes last; so does whatever reuses the memory of the
+    arguments, and a temporary may go as soon as this returns. Raises RuntimeError where the kernel cannot be launched.
+    """
+    raw = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        return getattr(native.cuda, name)(_DTYPES[x.dtype], *raw, stream)
