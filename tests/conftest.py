@@ -1,16 +1,27 @@
 """Small models, their twins in transformers, and the one real checkpoint, for whatever test wants them."""
 
 import importlib.util
+import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiling import compiles_once  # noqa: F401
+from implementations import implementation, native_implementation  # noqa: F401
 from small_models import SETTINGS, draw_weights, make_mask
 from torch import Tensor
 
 import bertfast
+
+# Every run draws new inputs; a run is repeated with the seed that its header shows.
+SEED = int(os.environ.get("BERTFAST_TEST_SEED") or random.randrange(2**31))
+
+
+def pytest_report_header() -> str:
+    return f"BERTFAST_TEST_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,8 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def seed() -> None:
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(params=[4, 2], ids=["D16", "D32"])

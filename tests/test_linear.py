@@ -139,6 +139,15 @@ def test_autocast_computes_in_its_dtype():
     assert x.grad.dtype == torch.float32
 
 
+def test_autocast_does_not_pack_what_it_converted():
+    x, (weight,), _ = make_inputs(5, 16, (8,), torch.float32)
+    packed = PackedWeights()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first = linear(x, weight, packed=packed)
+        weight.mul_(2)
+        assert torch.equal(linear(x, weight, packed=packed), 2 * first) and not packed.nbytes
+
+
 def test_opcheck(implementation):
     x, weights, biases = make_inputs(5, 16, (8, 4), torch.float32)
     leaves = [t.requires_grad_() for t in weights], [t.requires_grad_() for t in biases]

@@ -12,7 +12,7 @@ from bertfast.ops import residual_layer_norm
 EPS = 1e-12
 # Rows: none, one, a few, more than a block of rows of any kernel. Columns: one, less than a vector, odd tails,
 # MiniLM, BERT-base, BERT-large.
-SHAPES = [(0, 64), (1, 1), (1, 768), (3, 17), (5, 312), (65, 384), (130, 768), (33, 1024), (257, 3)]
+SHAPES = [(0, 64), (1, 1), (1, 768), (3, 17), (5, 312), (65, 384), (130, 768), (33, 1024), (257, 9)]
 DTYPES = [torch.float32, torch.bfloat16]
 NAMES = ("x", "residual", "weight", "bias", "x_bias")
 

@@ -93,6 +93,7 @@ def linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights, biases = x.to(dtype), tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
+        packed = None  # a copy of what was converted for this call alone would never be found again
     _check(x, weights, biases, activation)
     if registry.seen(x, *weights, *biases):
         if packed is not None and not torch.compiler.is_compiling():
