@@ -86,17 +86,16 @@ def encoder_layer(
     Returns (tokens, hidden) in x's dtype. Source: Vaswani et al. 2017, Devlin et al. 2019.
     """
     p, s = parameters, settings
-    qkv = linear(x, p.qkv_weights, p.qkv_biases, packed=packs.qkv)
-    context = attend(qkv.unflatten(1, (3, s.heads, -1))).flatten(1)
-    y = _add_norm(
-        linear(context, p.attention_weight, packed=packs.attention),
-        *(x, p.attention_bias, p.attention_norm_weight, p.attention_norm_bias, s),
+    # Nested so that nothing outlives its use: the widest tensors of one step would still be there at the next.
+    context = attend(linear(x, p.qkv_weights, p.qkv_biases, packed=packs.qkv).unflatten(1, (3, s.heads, -1))).flatten(1)
+    attended = linear(context, p.attention_weight, packed=packs.attention)
+    del context
+    y = _add_norm(attended, x, p.attention_bias, p.attention_norm_weight, p.attention_norm_bias, s)
+    del attended
+    up_down = linear(
+        linear(y, p.up_weight, p.up_bias, activation=s.activation, packed=packs.up), p.down_weight, packed=packs.down
     )
-    up = linear(y, p.up_weight, p.up_bias, activation=s.activation, packed=packs.up)
-    return _add_norm(
-        linear(up, p.down_weight, packed=packs.down),
-        *(y, p.down_bias, p.output_norm_weight, p.output_norm_bias, s),
-    )
+    return _add_norm(up_down, y, p.down_bias, p.output_norm_weight, p.output_norm_bias, s)
 
 
 def _add_norm(x: Tensor, residual: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor, s: LayerSettings) -> Tensor:

@@ -105,7 +105,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("bias_gelu_bwd", gelu_bwd, unlocked());
     module.def("varlen_attention_fwd", attention_fwd, unlocked());
     module.def("varlen_attention_bwd", attention_bwd, unlocked());
-    module.def("fingerprint", [](Pointer data, int64_t bytes) { return fingerprint(data, bytes); });
+    py::class_<Fingerprint>(module, "Fingerprint")
+        .def(py::init<Fingerprint::Tensors>())
+        .def("matches", &Fingerprint::matches);
     module.def("use_openmp", [](Pointer address) { use_openmp(reinterpret_cast<GompParallel>(address.address)); });
     module.def("isa", isa);
     module.def("set_isa", set_isa);

@@ -44,9 +44,13 @@ def installed(wheel: Path, target: Path) -> Path:
     return target
 
 
+# An editable install of this checkout would hand out its own native modules.
+ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
+
+
 def imported(site: Path, code: str) -> str:
-    """What a fresh interpreter that sees only this copy prints."""
-    done = run(sys.executable, "-c", code, folder=site, PYTHONPATH=str(site))
+    """What a fresh interpreter that sees only this copy of bertfast prints."""
+    done = run(sys.executable, "-c", ALONE + code, folder=site, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -71,7 +71,7 @@ def _cpu_forward(qkv, cu_seqlens, scale, dropout_p, seed, save):
 
 def _cpu_backward(dout, qkv, cu_seqlens, out, lse, scale, dropout_p, seed):
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
-    dout, cu_seqlens, out = cpu.dense(dout, cu_seqlens, out)
+    dout, cu_seqlens, out = registry.dense(dout, cu_seqlens, out)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     arguments = _cpu_arguments(qkv, cu_seqlens, out, lse, dqkv)
     cpu.launch("varlen_attention_bwd", qkv.dtype, dout, *arguments, scale, *cpu.dropout(dropout_p, seed))

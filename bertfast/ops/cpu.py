@@ -10,11 +10,6 @@ from bertfast import native, reference
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, row-major and without gaps; copies where they were not."""
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
-
-
 def statistics(rows: int, save: bool) -> tuple[Tensor | None, Tensor | None]:
     """Room for the mean and the reciprocal standard deviation of each row, where the backward will want them."""
     return (torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)) if save else (None, None)

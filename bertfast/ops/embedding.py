@@ -75,7 +75,7 @@ def _raise_outside(input_ids: Tensor, position_ids: Tensor, token_type_ids: Tens
 def _cpu_forward(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dropout_p, seed, save
 ):
-    tensors = cpu.dense(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
+    tensors = registry.dense(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
     tokens, hidden = input_ids.shape[0], word.shape[1]
     out, mean, rstd = word.new_empty(tokens, hidden), *cpu.statistics(tokens, save)
     sizes = (tokens, hidden, word.shape[0], position.shape[0], token_type.shape[0])
@@ -89,7 +89,7 @@ def _cpu_forward(
 def _cpu_backward(
     dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, mean, rstd, eps, dropout_p, seed
 ):
-    dout, *tensors = cpu.dense(dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
+    dout, *tensors = registry.dense(dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
     gradients = [torch.empty_like(t) for t in tensors[3:]]
     sizes = (*dout.shape, word.shape[0], position.shape[0], token_type.shape[0])
     arguments = (dout, *tensors, mean, rstd, *gradients, *sizes, *cpu.dropout(dropout_p, seed))

@@ -1,6 +1,7 @@
 """linear: activation(x W^T + b), the GEMM, on oneDNN with weights packed once where that is faster."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +9,12 @@ from torch import Tensor
 
 from bertfast import backend, native, reference
 from bertfast.ops import registry
-from bertfast.ops.gelu import bias_gelu
+from bertfast.ops.gelu import bias_gelu, cpu_gelu_
 
 ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 # The layout that oneDNN packs weights in hardly depends on the number of rows it is told: within 3 % at 16 to 4096.
 _ROWS_HINT = 1024
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PackedWeights:
@@ -28,32 +30,44 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._key: tuple | None = None
-        self._packed: tuple[Tensor, Tensor | None] | None = None
+        self._copy: _Copy | None = None
 
-    def get(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None] | None:
-        """(packed weight, bias) of the concatenated weights, or None where they cannot be packed."""
-        if any(t.is_inference() for t in (*weights, *biases)):
-            return None  # they have no version to tell a change by
-        key = tuple(_state(t) for t in (*weights, *biases))
-        if key != self._key:
-            weight = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
-            bias = None if not biases else biases[0].detach() if len(biases) == 1 else torch.cat(list(biases)).detach()
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT), bias
-            self._key = key
-        return self._packed
+    def get(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+        """(packed weight, bias) of the concatenated weights for inputs like x, or None where they cannot be packed.
+
+        Raises as `linear` does where x and the weights do not fit.
+        """
+        tensors = (*weights, *biases)
+        copy = self._copy
+        try:
+            if copy is not None and copy.is_of(tensors) and copy.fits(x):
+                return copy.packed
+            _check(x, weights, biases)
+            state = _state(tensors)
+        except RuntimeError:  # inference tensors have no version to tell a change by
+            state = None
+        if state is None or not all(t.is_contiguous() for t in tensors):
+            self._copy = None
+            return None
+        weight = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
+        bias = None if not biases else biases[0].detach() if len(biases) == 1 else torch.cat(list(biases)).detach()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT), bias
+        # Taken after the copy: a write that falls between the two is noticed at the next call.
+        sample = native.cpu.Fingerprint([(t.data_ptr(), t.nbytes) for t in tensors])
+        self._copy = _Copy(packed, x.dtype, x.shape[1], state, sample)
+        return packed
 
     def clear(self) -> None:
         """Forget the copy; the next inference call makes a new one."""
-        self._key = self._packed = None
+        self._copy = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that the copy holds (without oneDNN's own padding)."""
-        if self._packed is None:
+        if self._copy is None:
             return 0
-        packed, _ = self._packed
-        return packed.numel() * packed.element_size()
+        weight, _ = self._copy.packed
+        return weight.numel() * weight.element_size()
 
     def __deepcopy__(self, memo: dict) -> "PackedWeights":
         return PackedWeights()
@@ -62,10 +76,26 @@ class PackedWeights:
         return PackedWeights, ()
 
 
-def _state(t: Tensor) -> tuple:
-    """What changes when the tensor does."""
-    address = t.data_ptr()
-    return address, t._version, t.dtype, t.shape, native.cpu.fingerprint(address, t.nbytes)
+class _Copy(NamedTuple):
+    """A packed copy, and how the tensors that it was made of were then."""
+
+    packed: tuple[Tensor, Tensor | None]
+    dtype: torch.dtype
+    in_features: int
+    state: list[tuple]
+    sample: Any
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors, with the values that they had."""
+        return _state(tensors) == self.state and self.sample.matches()
+
+    def fits(self, x: Tensor) -> bool:
+        return x.dtype is self.dtype and x.dim() == 2 and x.shape[1] == self.in_features
+
+
+def _state(tensors: Sequence[Tensor]) -> list[tuple]:
+    """What changes when the tensors do, apart from their values."""
+    return [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def linear(
@@ -94,8 +124,10 @@ def linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights, biases = x.to(dtype), tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
         packed = None  # a copy of what was converted for this call alone would never be found again
-    _check(x, weights, biases, activation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if registry.seen(x, *weights, *biases):
+        _check(x, weights, biases)
         if packed is not None and not torch.compiler.is_compiling():
             packed.clear()
         if activation == "none":
@@ -107,11 +139,9 @@ def linear(
     return run(x, weights, biases, activation, packed)
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> None:
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be (tokens, in_features), not of shape {tuple(x.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if not weights or (biases and len(biases) != len(weights)):
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases: give one bias for each weight, or none")
     for i, weight in enumerate(weights):
@@ -123,15 +153,16 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activ
 
 
 def _onednn(x, weights, biases, activation, packed):
-    held = packed.get(weights, biases) if packed is not None and x.shape[0] > 0 else None
+    held = packed.get(x, weights, biases) if packed is not None and x.numel() else None
     if held is None:
         return _separate(x, weights, biases, activation)
     attribute, algorithm = ACTIVATIONS[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, *held, attribute, [], algorithm)
+    return _linear_pointwise(x, *held, attribute, [], algorithm)
 
 
 def _separate(x, weights, biases, activation):
     """Without a packed copy: one GEMM a weight, each into its own columns of the output."""
+    _check(x, weights, biases)
     if len(weights) == 1:
         out = F.linear(x, weights[0], biases[0] if biases else None)
     else:
@@ -142,10 +173,11 @@ def _separate(x, weights, biases, activation):
                 torch.addmm(biases[i], x, weight.t(), out=y)
             else:
                 torch.mm(x, weight.t(), out=y)
-    return out if activation == "none" else bias_gelu(out, approximate=ACTIVATIONS[activation][1])
+    return out if activation == "none" else cpu_gelu_(out, ACTIVATIONS[activation][1])
 
 
 def _reference(x, weights, biases, activation, packed):
+    _check(x, weights, biases)
     return reference.linear(x, weights, biases, activation)
 
 

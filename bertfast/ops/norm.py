@@ -46,7 +46,7 @@ def residual_layer_norm(
 
 
 def _cpu_forward(x, residual, weight, bias, x_bias, eps, dropout_p, seed, save):
-    x, residual, weight, bias, x_bias = cpu.dense(x, residual, weight, bias, x_bias)
+    x, residual, weight, bias, x_bias = registry.dense(x, residual, weight, bias, x_bias)
     out, mean, rstd = torch.empty_like(x), *cpu.statistics(x.shape[0], save)
     tensors = (x, x_bias, residual, weight, bias, out, mean, rstd)
     cpu.launch("residual_layer_norm_fwd", x.dtype, *tensors, *x.shape, eps, *cpu.dropout(dropout_p, seed))
@@ -54,7 +54,7 @@ def _cpu_forward(x, residual, weight, bias, x_bias, eps, dropout_p, seed, save):
 
 
 def _cpu_backward(dout, x, residual, weight, x_bias, mean, rstd, eps, dropout_p, seed):
-    dout, x, residual, weight, x_bias = cpu.dense(dout, x, residual, weight, x_bias)
+    dout, x, residual, weight, x_bias = registry.dense(dout, x, residual, weight, x_bias)
     dresidual, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     dx = torch.empty_like(x) if dropout_p > 0.0 else x.new_empty(0)
     dx_bias = torch.empty_like(weight) if x_bias is not None else x.new_empty(0)

@@ -62,12 +62,17 @@ def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tu
 
 def check_like(x: Tensor, **others: tuple[Tensor | None, Sequence[int]]) -> None:
     """Raise unless every named tensor has x's dtype and device and the shape that stands beside it."""
+    dtype, device = x.dtype, x.device
     for name, (tensor, shape) in others.items():
-        if tensor is None:
+        if tensor is None or (tensor.dtype is dtype and tensor.device == device and tensor.shape == shape):
             continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} where x is {x.dtype}: convert one of them with .to()")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} where x is on {x.device}: move one of them with .to()")
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        if tensor.dtype is not dtype:
+            raise TypeError(f"{name} is {tensor.dtype} where x is {dtype}: convert one of them with .to()")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} where x is on {device}: move one of them with .to()")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, row-major and without gaps; copies where they were not."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
