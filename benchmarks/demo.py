@@ -44,8 +44,10 @@ def main() -> int:
     for name, seconds in times.items():
         print(f"{name:12} {SENTENCES / measure.Summary.of(seconds).median:6.0f} sentences/s")
     ratio = measure.Ratio.of(times["stock"], times["bertfast"])
-    print(f"speed-up     {ratio.value:.2f} times ({ratio.low:.2f} to {ratio.high:.2f}), {ROUNDS} interleaved rounds, "
-          f"{torch.get_num_threads()} threads\n")
+    print(
+        f"speed-up     {ratio.value:.2f} times ({ratio.low:.2f} to {ratio.high:.2f}), {ROUNDS} interleaved rounds, "
+        f"{torch.get_num_threads()} threads\n"
+    )
     print(bertfast.explain(patched))
     return 0 if difference <= TOLERANCE else 1
 

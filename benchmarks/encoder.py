@@ -74,7 +74,9 @@ def run(workload: Workload, dtype: str, seconds: float, models: dict[str, torch.
         "dtype": dtype,
         "tokens": workload.tokens,
         "fill": round(workload.fill, 3),
-        "milliseconds": {k: {"median": round(1e3 * measure.Summary.of(t).median, 3), "n": len(t)} for k, t in times.items()},
+        "milliseconds": {
+            k: {"median": round(1e3 * measure.Summary.of(t).median, 3), "n": len(t)} for k, t in times.items()
+        },
         "speedup": {"value": round(ratio.value, 3), "low": round(ratio.low, 3), "high": round(ratio.high, 3)},
         "speedup_without_packed_weights": round(unpacked.value, 3),
         "goal": GOALS.get((workload.name, dtype)),
@@ -111,7 +113,10 @@ def main() -> None:
             with arguments.output.open("a") as results:
                 results.write(json.dumps(line) + "\n")
             speedup, goal = line["speedup"], line["goal"]
-            print(f"{name:14} {dtype:9} {speedup['value']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f}), goal {goal}", file=sys.stderr)
+            print(
+                f"{name:14} {dtype:9} {speedup['value']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f}), goal {goal}",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def render(lines: dict[tuple[str, str], dict]) -> str:
 def placed(readme: str, table: str) -> str:
     """The README with the table between its markers."""
     begin = readme.index("\n", readme.index(BEGIN)) + 1
-    return f"{readme[:begin]}{table}\n{readme[readme.index(END):]}"
+    return f"{readme[:begin]}{table}\n{readme[readme.index(END) :]}"
 
 
 def main() -> int:
@@ -74,7 +74,10 @@ def main() -> int:
     wanted = placed(readme, render(newest()))
     if arguments.check:
         if readme != wanted:
-            print("the README's results are not those of benchmarks/results: run python -m benchmarks.table", file=sys.stderr)
+            print(
+                "the README's results are not those of benchmarks/results: run python -m benchmarks.table",
+                file=sys.stderr,
+            )
         return int(readme != wanted)
     README.write_text(wanted)
     return 0

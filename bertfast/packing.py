@@ -155,9 +155,7 @@ class PackedBatch:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device, non_blocking=True)
 
-        packing = replace(
-            self.packing, cu_seqlens=move(self.packing.cu_seqlens), indices=move(self.packing.indices)
-        )
+        packing = replace(self.packing, cu_seqlens=move(self.packing.cu_seqlens), indices=move(self.packing.indices))
         return PackedBatch(
             move(self.input_ids), move(self.position_ids), packing, move(self.token_type_ids), move(self.labels)
         )

@@ -100,7 +100,9 @@ def test_strided_views(implementation):
     qkv = wide[..., :32]
     assert torch.equal(varlen_attention(qkv, borders(lengths)), varlen_attention(qkv.contiguous(), borders(lengths)))
     turned = torch.randn(38, 2, 3, 32).transpose(1, 2)
-    assert torch.equal(varlen_attention(turned, borders(lengths)), varlen_attention(turned.contiguous(), borders(lengths)))
+    assert torch.equal(
+        varlen_attention(turned, borders(lengths)), varlen_attention(turned.contiguous(), borders(lengths))
+    )
 
 
 def test_same_bits_whatever_the_threads(native_implementation):

@@ -66,7 +66,5 @@ def test_instruction_set_from_the_environment():
 
 
 def test_import_is_light():
-    code = (
-        "import bertfast, sys; print([m for m in ('transformers', 'triton', 'sentence_transformers') if m in sys.modules])"
-    )
+    code = "import bertfast, sys; print([m for m in ('transformers', 'triton', 'sentence_transformers') if m in sys.modules])"
     assert run(code).stdout.strip() == "[]"

@@ -37,4 +37,6 @@ def test_the_readme_shows_the_committed_results_and_no_others():
 
 def test_committed_results_are_complete():
     for line in map(json.loads, encoder.RESULTS.read_text().splitlines()):
-        assert line["environment"]["commit"] and line["environment"]["threads"] and line["milliseconds"]["stock"]["n"] >= 5
+        assert (
+            line["environment"]["commit"] and line["environment"]["threads"] and line["milliseconds"]["stock"]["n"] >= 5
+        )

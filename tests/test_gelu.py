@@ -75,7 +75,10 @@ def test_every_size_of_argument(native_implementation, approximate):
     wide = x.detach().double().requires_grad_()
     out, gold = bias_gelu(x, approximate=approximate), reference.bias_gelu(wide, approximate=approximate)
     assert ((out.double() - gold).abs() / gold.abs().clamp(min=1)).max() < 1e-6
-    (dx,), (dgold,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(F.gelu(wide, approximate=approximate).sum(), wide)
+    (dx,), (dgold,) = (
+        torch.autograd.grad(out.sum(), x),
+        torch.autograd.grad(F.gelu(wide, approximate=approximate).sum(), wide),
+    )
     assert (dx.double() - dgold).abs().max() < 2e-6
 
 

@@ -33,7 +33,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
         tar.extractall(folder, filter="data")
-    tracked = run("git", "ls-files", "csrc", "bertfast", "setup.py", "pyproject.toml", "LICENSE", "README.md").stdout.split()
+    tracked = run(
+        "git", "ls-files", "csrc", "bertfast", "setup.py", "pyproject.toml", "LICENSE", "README.md"
+    ).stdout.split()
     assert set(tracked) <= names
     return folder / archive.name.removesuffix(".tar.gz")
 

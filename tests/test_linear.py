@@ -14,7 +14,9 @@ from bertfast.ops import PackedWeights, linear
 
 DTYPES = [torch.float32, torch.bfloat16]
 ACTIVATIONS = ["none", "gelu", "gelu_tanh"]
-ON_CPU_KERNELS = pytest.mark.skipif(native.cpu is None, reason=f"packed weights need the cpu backend: {native.cpu_reason}")
+ON_CPU_KERNELS = pytest.mark.skipif(
+    native.cpu is None, reason=f"packed weights need the cpu backend: {native.cpu_reason}"
+)
 
 
 def make_inputs(tokens, inside, outside, dtype):
@@ -40,7 +42,9 @@ def test_inference_parity(implementation, shape, activation, dtype, packed):
     out = linear(x, weights, biases, activation=activation, packed=PackedWeights() if packed else None)
     gold = reference.linear(x.double(), wide(weights), wide(biases), activation)
     parity.check(out, gold, plain(x, weights, biases, activation))
-    parity.check(linear(x, weights), reference.linear(x.double(), wide(weights)), plain(x, weights, [0 * b for b in biases]))
+    parity.check(
+        linear(x, weights), reference.linear(x.double(), wide(weights)), plain(x, weights, [0 * b for b in biases])
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

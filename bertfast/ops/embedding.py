@@ -41,7 +41,9 @@ def embed_layer_norm(
         if ids.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, not {ids.dtype}: convert it with .long()")
         if ids.shape != input_ids.shape or ids.dim() != 1:
-            raise ValueError(f"{name} must be (tokens,), one for each token: {tuple(input_ids.shape)} and {tuple(ids.shape)}")
+            raise ValueError(
+                f"{name} must be (tokens,), one for each token: {tuple(input_ids.shape)} and {tuple(ids.shape)}"
+            )
         if ids.device != word.device:
             raise ValueError(f"{name} is on {ids.device}, the tables on {word.device}: move one of them with .to()")
     registry.check_like(
@@ -52,7 +54,19 @@ def embed_layer_norm(
         bias=(bias, hidden),
     )
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, word.device)
-    arguments = (input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dropout_p, seed)
+    arguments = (
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word,
+        position,
+        token_type,
+        weight,
+        bias,
+        eps,
+        dropout_p,
+        seed,
+    )
     if registry.seen(word, position, token_type, weight, bias, input_ids):
         return _op(*arguments)[0]
     forward, _ = backend.implementation("embed_layer_norm", word)
@@ -87,9 +101,24 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, mean, rstd, eps, dropout_p, seed
+    dout,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word,
+    position,
+    token_type,
+    weight,
+    bias,
+    mean,
+    rstd,
+    eps,
+    dropout_p,
+    seed,
 ):
-    dout, *tensors = registry.dense(dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
+    dout, *tensors = registry.dense(
+        dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias
+    )
     gradients = [torch.empty_like(t) for t in tensors[3:]]
     sizes = (*dout.shape, word.shape[0], position.shape[0], token_type.shape[0])
     arguments = (dout, *tensors, mean, rstd, *gradients, *sizes, *cpu.dropout(dropout_p, seed))
@@ -111,7 +140,20 @@ def _reference_forward(
 
 
 def _reference_backward(
-    dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, mean, rstd, eps, dropout_p, seed
+    dout,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word,
+    position,
+    token_type,
+    weight,
+    bias,
+    mean,
+    rstd,
+    eps,
+    dropout_p,
+    seed,
 ):
     tensors = (dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight)
     return tuple(reference.embed_layer_norm_backward(*tensors, eps, dropout_p, seed))

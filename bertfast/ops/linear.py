@@ -32,7 +32,9 @@ class PackedWeights:
     def __init__(self) -> None:
         self._copy: _Copy | None = None
 
-    def get(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+    def get(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None] | None:
         """(packed weight, bias) of the concatenated weights for inputs like x, or None where they cannot be packed.
 
         Raises as `linear` does where x and the weights do not fit.
