@@ -304,14 +304,10 @@ def refuse_keywords(arguments: dict[str, object]) -> Refusal | None:
 class EmbeddingReading(NamedTuple):
     """What one call of the embeddings needs."""
 
-    word: Tensor
-    position: Tensor
-    token_type: Tensor
-    weight: Tensor
-    bias: Tensor
+    tensors: tuple[Tensor, ...]  # the three tables, the norm's weight and bias
     eps: float
     dropout: float
-    padding_idx: tuple[int | None, int | None, int | None]
+    padding_idx: int | None
 
 
 class EmbeddingStructure(Structure):
@@ -341,10 +337,13 @@ class EmbeddingStructure(Structure):
             return Refusal("relative positions")
         if any(e.max_norm is not None or e.sparse or e.scale_grad_by_freq for e in self._tables):
             return Refusal("an embedding with max_norm, sparse or scale_grad_by_freq")
+        words, *others = (e.padding_idx for e in self._tables)
+        if any(i is not None for i in others):
+            return Refusal("positions or token types with a padding_idx")
         dropout = self._dropout.p if self._dropout.training else 0.0
         if dropout >= 1.0:
             return Refusal("a dropout of everything")
         t = _tensors(self._sources, word.dtype, word.device)
         if type(t) is Refusal:
             return t
-        return EmbeddingReading(*t, self._norm.eps, dropout, tuple(e.padding_idx for e in self._tables))
+        return EmbeddingReading(tuple(t), self._norm.eps, dropout, words)

@@ -87,7 +87,8 @@ def encoder_layer(
     """
     p, s = parameters, settings
     # Nested so that nothing outlives its use: the widest tensors of one step would still be there at the next.
-    context = attend(linear(x, p.qkv_weights, p.qkv_biases, packed=packs.qkv).unflatten(1, (3, s.heads, -1))).flatten(1)
+    shape = x.shape[0], 3, s.heads, x.shape[1] // s.heads
+    context = attend(linear(x, p.qkv_weights, p.qkv_biases, packed=packs.qkv).view(shape)).flatten(1)
     attended = linear(context, p.attention_weight, packed=packs.attention)
     del context
     y = _add_norm(attended, x, p.attention_bias, p.attention_norm_weight, p.attention_norm_bias, s)
@@ -99,8 +100,9 @@ def encoder_layer(
 
 
 def _add_norm(x: Tensor, residual: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor, s: LayerSettings) -> Tensor:
-    # Under autocast the GEMMs are in half precision and the residual stream is not, as in stock code.
-    x = x.to(residual.dtype)
+    if x.dtype is not residual.dtype:
+        # Under autocast the GEMMs are in half precision and the residual stream is not, as in stock code.
+        x = x.to(residual.dtype)
     return residual_layer_norm(x, residual, weight, bias, s.eps, x_bias=x_bias, dropout_p=s.hidden_dropout)
 
 

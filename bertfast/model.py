@@ -49,21 +49,6 @@ class BertModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class _FreezeRow(torch.autograd.Function):
-    """The table itself; its gradient has zeros in one row, as torch.nn.Embedding's has in that of padding_idx."""
-
-    @staticmethod
-    def forward(ctx, table: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return table.view_as(table)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        # In place: the gradient comes fresh from embed_layer_norm's backward, and a copy of a table is 90 MB.
-        gradient[ctx.row] = 0
-        return gradient, None
-
-
 class BertEmbeddings(nn.Module):
     """dropout(LayerNorm(word + position + token type)): Devlin et al. 2019, figure 2."""
 
@@ -88,18 +73,15 @@ class BertEmbeddings(nn.Module):
             input_ids,
             position_ids,
             token_type_ids,
-            self._word_table() if inputs_embeds is None else inputs_embeds,
+            self.word_embeddings.weight if inputs_embeds is None else inputs_embeds,
             self.position_embeddings.weight,
             self.token_type_embeddings.weight,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
+            padding_idx=self.word_embeddings.padding_idx if inputs_embeds is None else None,
             dropout_p=self.dropout if self.training else 0.0,
         )
-
-    def _word_table(self) -> Tensor:
-        table, row = self.word_embeddings.weight, self.word_embeddings.padding_idx
-        return table if row is None or not torch.is_grad_enabled() else _FreezeRow.apply(table, row)
 
 
 class BertLayer(nn.Module):

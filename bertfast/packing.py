@@ -37,6 +37,8 @@ class Packing:
         """
         check_mask(mask)
         batch, seq_len = mask.shape
+        if mask.device.type == "cpu" and bool((mask == 1).all()):
+            return cls.full(batch, seq_len)  # two operations instead of six, for the smallest batches
         valid = mask if mask.dtype == torch.bool else mask != 0
         counts = valid.sum(1)
         *lengths, strange = torch.cat((counts, (mask != valid).sum()[None])).tolist()

@@ -105,32 +105,11 @@ def _embed(
         return Refusal("embeddings: no token_type_ids")
     else:
         types = type_buffer[0].index_select(0, positions)
-    tables = [_hold_row(t, i) for t, i in zip(reading[:3], reading.padding_idx, strict=True)]
     return embed_layer_norm(
-        *(packed(input_ids), positions, types, *tables, reading.weight, reading.bias, reading.eps),
+        *(packed(input_ids), positions, types, *reading.tensors, reading.eps),
+        padding_idx=reading.padding_idx,
         dropout_p=reading.dropout,
     )
-
-
-class _HoldRow(torch.autograd.Function):
-    """The table itself; its row `index` gets no gradient, as `nn.Embedding` does for its padding_idx."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: int) -> Tensor:
-        ctx.index = index
-        return table.view_as(table)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # The embedding op has just made this gradient for nobody else.
-        gradient[ctx.index] = 0
-        return gradient, None
-
-
-def _hold_row(table: Tensor, index: int | None) -> Tensor:
-    if index is None or not table.requires_grad or not torch.is_grad_enabled():
-        return table
-    return _HoldRow.apply(table, index)
 
 
 class EncoderSeam:

@@ -58,6 +58,16 @@ def test_no_token_types_means_type_zero(implementation):
     assert leaves[2].grad[0].abs().sum() > 0 and leaves[2].grad[1].abs().sum() == 0
 
 
+def test_the_padding_token_is_not_trained(implementation):
+    ids, tables = make_ids(9), [t.requires_grad_() for t in make_tables(24, torch.float32)]
+    dout = torch.randn(9, 24)
+    every = torch.autograd.grad(embed_layer_norm(*ids, *tables), tables, dout)
+    kept = torch.autograd.grad(embed_layer_norm(*ids, *tables, padding_idx=3), tables, dout)
+    assert every[0][3].abs().sum() > 0 and kept[0][3].abs().sum() == 0
+    every[0][3] = 0
+    assert all(torch.equal(a, b) for a, b in zip(every, kept, strict=True))
+
+
 def test_same_bits_whatever_the_threads(native_implementation):
     ids, tables = make_ids(500), [t.requires_grad_() for t in make_tables(96, torch.float32)]
     before, results = torch.get_num_threads(), []
@@ -74,8 +84,8 @@ def test_same_bits_whatever_the_threads(native_implementation):
 
 def test_opcheck(implementation):
     ids, tables = make_ids(6), [t.requires_grad_() for t in make_tables(24, torch.float32)]
-    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids, *tables, EPS, 0.0, None))
-    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids[:2], None, *tables, EPS, 0.2, torch.tensor([1])))
+    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids, *tables, EPS, -1, 0.0, None))
+    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids[:2], None, *tables, EPS, 3, 0.2, torch.tensor([1])))
 
 
 def test_gradients_of_the_reference():

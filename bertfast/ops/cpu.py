@@ -25,5 +25,5 @@ def launch(name: str, dtype: torch.dtype, *arguments: Any) -> Any:
 
     The arguments tuple keeps every tensor alive until the launcher returns.
     """
-    raw = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    raw = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     return getattr(native.cpu, name)(_DTYPES[dtype], *raw, torch.get_num_threads())

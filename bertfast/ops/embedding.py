@@ -18,6 +18,7 @@ def embed_layer_norm(
     bias: Tensor,
     eps: float = 1e-12,
     *,
+    padding_idx: int | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -28,6 +29,7 @@ def embed_layer_norm(
         word, position, token_type: the tables, (vocabulary | positions | types, hidden), one dtype and device.
         weight, bias: (hidden,) of the norm, same dtype.
         eps: added to the variance.
+        padding_idx: the row of `word` that gets no gradient, as in torch.nn.Embedding; None where all rows do.
         dropout_p, seed: as in `residual_layer_norm`.
 
     Returns (tokens, hidden) in the tables' dtype; the sum and the statistics are float32. Raises IndexError that
@@ -54,109 +56,57 @@ def embed_layer_norm(
         bias=(bias, hidden),
     )
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, word.device)
-    arguments = (
-        input_ids,
-        position_ids,
-        token_type_ids,
-        word,
-        position,
-        token_type,
-        weight,
-        bias,
-        eps,
-        dropout_p,
-        seed,
-    )
-    if registry.seen(word, position, token_type, weight, bias, input_ids):
-        return _op(*arguments)[0]
+    ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type, weight, bias)
+    if registry.seen(*tables, input_ids):
+        return _op(*ids, *tables, eps, -1 if padding_idx is None else padding_idx, dropout_p, seed)[0]
     forward, _ = backend.implementation("embed_layer_norm", word)
-    return forward(*arguments, False)[0]
+    return forward(ids, tables, eps, dropout_p, seed, False)[0]
 
 
-def _raise_outside(input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, *tables: Tensor) -> None:
+def _raise_outside(ids: tuple[Tensor | None, ...], tables: tuple[Tensor, ...]) -> None:
     """IndexError that names the first id outside its table, if there is one."""
-    names = ("token id", "position", "token type")
-    for name, ids, table in zip(names, (input_ids, position_ids, token_type_ids), tables, strict=True):
-        outside = [] if ids is None else ((ids < 0) | (ids >= table.shape[0])).nonzero()
+    for name, i, table in zip(("token id", "position", "token type"), ids, tables[:3], strict=True):
+        outside = [] if i is None else ((i < 0) | (i >= table.shape[0])).nonzero()
         if len(outside):
             token = int(outside[0])
             raise IndexError(
-                f"{name} {int(ids[token])} (token {token} of the batch) is outside the table of {table.shape[0]}: "
+                f"{name} {int(i[token])} (token {token} of the batch) is outside the table of {table.shape[0]}: "
                 "is this the tokenizer, and the maximum length, of this model?"
             )
 
 
-def _cpu_forward(
-    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dropout_p, seed, save
-):
-    tensors = registry.dense(input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
-    tokens, hidden = input_ids.shape[0], word.shape[1]
-    out, mean, rstd = word.new_empty(tokens, hidden), *cpu.statistics(tokens, save)
-    sizes = (tokens, hidden, word.shape[0], position.shape[0], token_type.shape[0])
-    arguments = (*tensors, out, mean, rstd, *sizes, eps, *cpu.dropout(dropout_p, seed))
-    outside = cpu.launch("embed_layer_norm_fwd", word.dtype, *arguments)
-    if outside >= 0:
-        _raise_outside(input_ids, position_ids, token_type_ids, word, position, token_type)
+def _cpu_forward(ids, tables, eps, dropout_p, seed, save):
+    tensors = registry.dense(*ids, *tables)
+    (tokens,), hidden = ids[0].shape, tables[0].shape[1]
+    out, mean, rstd = tables[0].new_empty(tokens, hidden), *cpu.statistics(tokens, save)
+    arguments = (*tensors, out, mean, rstd, tokens, hidden, *_rows(tables), eps, *cpu.dropout(dropout_p, seed))
+    if cpu.launch("embed_layer_norm_fwd", out.dtype, *arguments) >= 0:
+        _raise_outside(ids, tables)
     return out, mean, rstd
 
 
-def _cpu_backward(
-    dout,
-    input_ids,
-    position_ids,
-    token_type_ids,
-    word,
-    position,
-    token_type,
-    weight,
-    bias,
-    mean,
-    rstd,
-    eps,
-    dropout_p,
-    seed,
-):
-    dout, *tensors = registry.dense(
-        dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias
-    )
+def _cpu_backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed):
+    dout, *tensors = registry.dense(dout, *ids, *tables)
     gradients = [torch.empty_like(t) for t in tensors[3:]]
-    sizes = (*dout.shape, word.shape[0], position.shape[0], token_type.shape[0])
-    arguments = (dout, *tensors, mean, rstd, *gradients, *sizes, *cpu.dropout(dropout_p, seed))
-    cpu.launch("embed_layer_norm_bwd", word.dtype, *arguments)
-    return tuple(gradients)
+    arguments = (dout, *tensors, mean, rstd, *gradients, *dout.shape, *_rows(tables), *cpu.dropout(dropout_p, seed))
+    cpu.launch("embed_layer_norm_bwd", dout.dtype, *arguments)
+    return gradients
 
 
-def _reference_forward(
-    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dropout_p, seed, save
-):
-    if word.device.type == "cpu":
-        _raise_outside(input_ids, position_ids, token_type_ids, word, position, token_type)
-    out = reference.embed_layer_norm(
-        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dropout_p, seed
-    )
+def _rows(tables: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(table.shape[0] for table in tables[:3])
+
+
+def _reference_forward(ids, tables, eps, dropout_p, seed, save):
+    if tables[0].device.type == "cpu":
+        _raise_outside(ids, tables)
+    out = reference.embed_layer_norm(*ids, *tables, eps, dropout_p, seed)
     # The reference's backward computes everything anew; the statistics only keep the op's signature.
-    tokens = input_ids.shape[0]
-    return out, word.new_zeros(tokens, dtype=torch.float32), word.new_zeros(tokens, dtype=torch.float32)
+    return out, out.new_zeros(out.shape[0], dtype=torch.float32), out.new_zeros(out.shape[0], dtype=torch.float32)
 
 
-def _reference_backward(
-    dout,
-    input_ids,
-    position_ids,
-    token_type_ids,
-    word,
-    position,
-    token_type,
-    weight,
-    bias,
-    mean,
-    rstd,
-    eps,
-    dropout_p,
-    seed,
-):
-    tensors = (dout, input_ids, position_ids, token_type_ids, word, position, token_type, weight)
-    return tuple(reference.embed_layer_norm_backward(*tensors, eps, dropout_p, seed))
+def _reference_backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed):
+    return reference.embed_layer_norm_backward(dout, *ids, *tables[:4], eps, dropout_p, seed)
 
 
 backend.register("embed_layer_norm", "cpu", (_cpu_forward, _cpu_backward))
@@ -164,8 +114,9 @@ backend.register("embed_layer_norm", "reference", (_reference_forward, _referenc
 
 
 def _run(*arguments):
-    forward, _ = backend.implementation("embed_layer_norm", arguments[3])
-    return forward(*arguments, True)
+    ids, tables, (eps, _, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
+    forward, _ = backend.implementation("embed_layer_norm", tables[0])
+    return forward(ids, tables, eps, dropout_p, seed, True)
 
 
 def _fake(input_ids, position_ids, token_type_ids, word, *rest):
@@ -173,9 +124,13 @@ def _fake(input_ids, position_ids, token_type_ids, word, *rest):
     return word.new_empty(input_ids.shape[0], word.shape[1]), mean, torch.empty_like(mean)
 
 
-def _run_backward(*arguments):
-    _, backward = backend.implementation("embed_layer_norm", arguments[4])
-    return backward(*arguments)
+def _run_backward(dout, *arguments):
+    ids, tables, (mean, rstd, eps, padding_idx, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
+    _, backward = backend.implementation("embed_layer_norm", tables[0])
+    gradients = backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed)
+    if padding_idx >= 0:
+        gradients[0][padding_idx].zero_()
+    return tuple(gradients)
 
 
 def _fake_backward(dout, input_ids, position_ids, token_type_ids, *tensors_and_rest):
@@ -183,7 +138,7 @@ def _fake_backward(dout, input_ids, position_ids, token_type_ids, *tensors_and_r
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.dropout_p, seed = inputs
+    *tensors, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*tensors, mean, rstd, seed)
@@ -191,21 +146,23 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dout, dmean, drstd):
     *saved, seed = ctx.saved_tensors
-    gradients = _op_backward(dout, *saved, ctx.eps, ctx.dropout_p, seed)
-    return None, None, None, *gradients, None, None, None
+    gradients = _op_backward(dout, *saved, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed)
+    return None, None, None, *gradients, None, None, None, None
 
 
-_TABLES = "Tensor word, Tensor position, Tensor token_type, Tensor weight, Tensor bias"
+_INPUTS = (
+    "Tensor input_ids, Tensor position_ids, Tensor? token_type_ids,"
+    " Tensor word, Tensor position, Tensor token_type, Tensor weight, Tensor bias"
+)
+_SETTINGS = "float eps, int padding_idx, float dropout_p, Tensor? seed"
 _op_backward = registry.define(
-    "embed_layer_norm_backward(Tensor dout, Tensor input_ids, Tensor position_ids, Tensor? token_type_ids,"
-    f" {_TABLES}, Tensor mean, Tensor rstd, float eps, float dropout_p, Tensor? seed)"
+    f"embed_layer_norm_backward(Tensor dout, {_INPUTS}, Tensor mean, Tensor rstd, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
 _op = registry.define(
-    "embed_layer_norm(Tensor input_ids, Tensor position_ids, Tensor? token_type_ids,"
-    f" {_TABLES}, float eps, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    f"embed_layer_norm({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
     _setup_context,

@@ -47,10 +47,10 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
     """The checked dropout probability, and its seed: drawn where none was given, None where nothing is dropped."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), not {p}")
     if p == 0.0:
         return 0.0, None
+    if not 0.0 < p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), not {p}")
     if seed is None:
         return p, draw_seed(device)
     if seed.dtype != torch.int64 or seed.shape != (1,):
