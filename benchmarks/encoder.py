@@ -112,11 +112,8 @@ def main() -> None:
             line = run(workloads[name], dtype, arguments.seconds, models)
             with arguments.output.open("a") as results:
                 results.write(json.dumps(line) + "\n")
-            speedup, goal = line["speedup"], line["goal"]
-            print(
-                f"{name:14} {dtype:9} {speedup['value']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f}), goal {goal}",
-                file=sys.stderr,
-            )
+            value, low, high = line["speedup"].values()
+            print(f"{name:14} {dtype:9} {value:.2f}x ({low:.2f} to {high:.2f}), goal {line['goal']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

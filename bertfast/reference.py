@@ -8,6 +8,7 @@ out the gradients that the kernels compute, in the same precision.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -262,8 +263,7 @@ def varlen_attention_backward(
 
 
 def _pairs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    borders = cu_seqlens.tolist()
-    return list(zip(borders[:-1], borders[1:], strict=True))
+    return list(pairwise(cu_seqlens.tolist()))
 
 
 def _attention_multiplier(p: Tensor, sequence: int, dropout_p: float, seed: Tensor | None) -> Tensor | float:

@@ -157,7 +157,7 @@ def test_bad_input():
     good = torch.zeros(8, 3, 2, 4)
     with pytest.raises(ValueError, match="tokens, 3, heads, head_size"):
         varlen_attention(good[:, :2], borders([8]))
-    with pytest.raises(ValueError, match="not torch.int64"):
+    with pytest.raises(ValueError, match=r"not torch\.int64"):
         varlen_attention(good, borders([8]).long())
     with pytest.raises(ValueError, match="dropout_p"):
         varlen_attention(good, borders([8]), dropout_p=-0.1)

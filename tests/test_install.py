@@ -63,7 +63,10 @@ def test_a_wheel_from_the_source_distribution(source, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     site = installed(wheel, tmp_path / "site")
     assert list((site / "bertfast").glob("_cpu*.so"))
-    code = "from bertfast import native, backend, ops; print(native.cpu.isa(), backend.explain('linear').backend, native.openmp)"
+    code = (
+        "from bertfast import native, backend, ops\n"
+        "print(native.cpu.isa(), backend.explain('linear').backend, native.openmp)"
+    )
     isa, chosen, openmp = imported(site, code).split(maxsplit=2)
     assert isa in ("avx512", "avx2", "baseline") and chosen == "cpu" and "share PyTorch's OpenMP" in openmp
 
