@@ -48,8 +48,8 @@ def render(lines: dict[tuple[str, str], dict]) -> str:
     return "\n".join(
         [
             f"One forward on the CPU ({environment['cpu']}, {environment['threads']} threads,",
-            f"PyTorch {versions['torch']}, transformers {versions['transformers']}): Hugging Face with sdpa against the",
-            "same model patched, in the same precision. Interleaved runs, ratio of medians with its 95 % interval.",
+            f"PyTorch {versions['torch']}, transformers {versions['transformers']}): Hugging Face with sdpa against",
+            "the same model patched, in the same precision. Interleaved runs, ratio of medians with its 95 % interval.",
             "Errors are the largest of the last hidden state on valid tokens against the same weights in float64;",
             "activation memory is the peak of a forward against Hugging Face's. Why a goal is missed stands in",
             "[benchmarks/NOTES.md](benchmarks/NOTES.md).",
