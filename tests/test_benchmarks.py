@@ -26,6 +26,13 @@ def test_a_batch_is_its_lengths():
     assert batch["input_ids"].shape == (3, 5) and (batch["input_ids"][batch["attention_mask"] == 0] == 0).all()
 
 
+def test_real_sentences_are_real():
+    workload = encoder_workloads()[-1]
+    batch = workload.batch()
+    for ids, row, length in zip(workload.ids, batch["input_ids"], workload.lengths, strict=True):
+        assert row[:length].tolist() == list(ids) and ids[0] == 101 and ids[-1] == 102
+
+
 def test_every_goal_belongs_to_a_workload():
     names = {w.name for w in encoder_workloads()}
     assert {name for name, _ in encoder.GOALS} <= names == set(table.WHAT)
