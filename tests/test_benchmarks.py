@@ -1,6 +1,5 @@
 """The benchmarks' own parts: workloads that are what they say, and a README that says what was measured."""
 
-import json
 from pathlib import Path
 
 import pytest
