@@ -66,3 +66,16 @@ def check_gradients(
         assert a.dtype == inputs[0].dtype, name
         summed = rows if name not in ("out", "x", "residual", "qkv") else 1
         check(a, g, b, factor=2.0 if name == "out" else 3.0, rows=summed, name=name)
+
+
+def check_threads(run: Callable[[], Sequence[Tensor]]) -> None:
+    """Assert that run() gives the same bits on one thread, on two, and on two once more."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

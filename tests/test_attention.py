@@ -108,16 +108,12 @@ def test_strided_views(implementation):
 def test_same_bits_whatever_the_threads(native_implementation):
     lengths = [300, 5, 64, 17, 0, 1]
     qkv, cu_seqlens = make_qkv(lengths, 3, 64, torch.float32).requires_grad_(), borders(lengths)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            out = varlen_attention(qkv, cu_seqlens, dropout_p=0.1, seed=torch.tensor([3]))
-            results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        out = varlen_attention(qkv, cu_seqlens, dropout_p=0.1, seed=torch.tensor([3]))
+        return [out, *torch.autograd.grad(out.square().sum(), qkv)]
+
+    parity.check_threads(run)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
