@@ -18,12 +18,13 @@ from bertfast import native
 from bertfast.errors import BackendError
 
 BACKENDS = ("cuda", "cpu", "reference")
+_DEVICES = {"cuda": "cuda", "cpu": "cpu"}  # of the backends that are for one kind of device only
 _ENVIRONMENT = "BERTFAST_BACKEND"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs an op on a kind of tensor, and why each backend before it was refused."""
+    """What runs an op on a kind of tensor, and why each backend for that device before it was refused."""
 
     op: str
     backend: str
@@ -42,9 +43,10 @@ def register(op: str, backend: str, implementation: Any) -> None:
 
 def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on tensors of this kind; None where it can."""
-    if (op, backend) not in _implementations:
+    reason = _REFUSALS[backend](device, dtype)
+    if reason is None and (op, backend) not in _implementations:
         return f"has no kernel for {op}"
-    return _REFUSALS[backend](device, dtype)
+    return reason
 
 
 def _refuse_cuda(device: str, dtype: torch.dtype) -> str | None:
@@ -126,7 +128,8 @@ def implementation(op: str, x: torch.Tensor) -> Any:
 def _choose(op: str, device: str, dtype: torch.dtype) -> tuple[Choice, Any]:
     wanted = _explicit if _explicit is not None else _named(os.environ.get(_ENVIRONMENT, "auto"))
     refused: dict[str, str] = {}
-    for backend in BACKENDS if wanted is None else (wanted,):
+    candidates = [b for b in BACKENDS if _DEVICES.get(b, device) == device] if wanted is None else [wanted]
+    for backend in candidates:
         reason = refusal(backend, op, device, dtype)
         if reason is None:
             found = Choice(op, backend, refused), _implementations[op, backend]
