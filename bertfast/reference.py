@@ -46,19 +46,21 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * 65536), 65535)
 
 
-def dropout_multiplier(seed: Tensor, p: float, columns: int, counter: Sequence[Tensor]) -> Tensor:
+def dropout_multiplier(seed: Tensor, p: float, columns: int, counter: Sequence[Tensor], distance: int = 1) -> Tensor:
     """0 for a dropped element and 1 / (1 - p) for a kept one, p rounded to a multiple of 2^-16.
 
-    One Philox call serves eight neighbouring columns, so that its cost is one call per 16 bytes of a half
-    precision tensor: element `column` takes 16-bit lane column % 8 of counter (column // 8, *counter), low
-    halves of the words first. counter: three int64 tensors that broadcast to the leading shape, with a last axis
-    of size 1. Returns (*leading, columns) float32.
+    One Philox call serves eight columns that stand `distance` apart, low halves of the words first: column
+    8 distance b + distance lane + r takes 16-bit lane `lane` of counter (distance b + r, *counter). With a distance
+    of 1 these are neighbours, the 16 bytes that a thread loads at once of a half precision row. With a distance of 8
+    they are columns that one thread holds of a product of the matrix units. counter: three int64 tensors that
+    broadcast to the leading shape, with a last axis of size 1. Returns (*leading, columns) float32.
     """
-    groups = torch.arange((columns + 7) // 8, device=seed.device)
+    groups = torch.arange(-(-columns // (8 * distance)) * distance, device=seed.device)
     words = torch.stack(torch.broadcast_tensors(*philox(seed, (groups, *counter))), dim=-1)
-    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)[..., :columns]
+    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-2).unflatten(-2, (-1, distance))
+    drawn = lanes.transpose(-1, -2).flatten(-3)[..., :columns]
     threshold = dropout_threshold(p)
-    return (lanes >= threshold).float() * (65536 / (65536 - threshold))
+    return (drawn >= threshold).float() * (65536 / (65536 - threshold))
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -267,14 +269,14 @@ def _pairs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
 
 
 def _attention_multiplier(p: Tensor, sequence: int, dropout_p: float, seed: Tensor | None) -> Tensor | float:
-    """The dropout multipliers of the probabilities (A, S, S) of one sequence: counter (key, query, head, sequence)."""
+    """The dropout multipliers of the probabilities (A, S, S) of one sequence: counter (keys, query, head, sequence)."""
     if dropout_p == 0.0 or seed is None:
         return 1.0
     heads, queries, keys = p.shape
     query = torch.arange(queries, device=p.device)[:, None]
     head = torch.arange(heads, device=p.device)[:, None, None]
     counter = (query, head, torch.full_like(query, sequence))
-    return dropout_multiplier(seed, dropout_p, keys, counter).to(p.dtype)
+    return dropout_multiplier(seed, dropout_p, keys, counter, distance=8).to(p.dtype)
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), activation: str = "none") -> Tensor:

@@ -165,8 +165,8 @@ float dot(const T* x, const float* y, int64_t n) {
 }
 
 void draw_multipliers(const VarlenAttention& a, const Item& item, int64_t query, float* multiplier) {
-    dropout_multipliers(a.dropout, static_cast<uint32_t>(query), static_cast<uint32_t>(item.head),
-                        static_cast<uint32_t>(item.sequence), 0, multiplier, item.length);
+    dropout_keys(a.dropout, static_cast<uint32_t>(query), static_cast<uint32_t>(item.head),
+                 static_cast<uint32_t>(item.sequence), multiplier, item.length);
 }
 
 struct RowStatistics {

@@ -1,9 +1,10 @@
 // The random bits of dropout: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 //
-// Key: the seed's two halves. Counter: (column / 8, c1, c2, c3), where (c1, c2, c3) is (row, row >> 32, 0) in a
-// [rows, columns] tensor and (query, head, sequence) in attention, whose columns are the keys. The four words of
-// one counter are the 16-bit numbers of eight neighbouring columns, lower half first. Every backend draws the
-// same bits, so that a mask is the same on any device and is recomputed in the backward rather than stored.
+// Key: the seed's two halves. Counter: (group of columns, c1, c2, c3), where (c1, c2, c3) is (row, row >> 32, 0) in a
+// [rows, columns] tensor and (query, head, sequence) in attention, whose columns are the keys. The four words of one
+// counter are the 16-bit numbers of eight columns, lower half first: neighbours in a [rows, columns] tensor, and columns
+// that stand 8 apart in attention, where that is how GPUs hand scores to a thread. Every backend draws the same bits, so
+// that a mask is the same on any device and is recomputed in the backward rather than stored.
 #pragma once
 
 #include "kernels.h"
@@ -28,9 +29,12 @@ BERTFAST_INLINE VecLong multiply_lower(VecLong a, uint32_t b) {
 #endif
 }
 
-// The 16-bit numbers of `counters` counters, the first of which is (c0, c1, c2, c3), in column order.
-BERTFAST_INLINE void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
-                            uint16_t numbers[8 * counters]) {
+struct Words {
+    VecLong x[4];  // in the lower halves
+};
+
+// The words of the counters (c0 .. c0 + counters - 1, c1, c2, c3).
+BERTFAST_INLINE Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     VecLong x0, x1 = VecLong{} + c1, x2 = VecLong{} + c2, x3 = VecLong{} + c3;
     for (int i = 0; i < counters; ++i) x0[i] = static_cast<uint32_t>(c0 + i);
@@ -43,37 +47,57 @@ BERTFAST_INLINE void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }
-    const VecLong first = (x0 & 0xffffffffu) | (x1 << 32), second = (x2 & 0xffffffffu) | (x3 << 32);
-    for (int i = 0; i < counters; ++i) {
-        const uint64_t pair[2] = {first[i], second[i]};
-        std::memcpy(numbers + 8 * i, pair, sizeof pair);
-    }
+    return {{x0, x1, x2, x3}};
 }
 
-// out[j] = 0 where column `first_column` + j is dropped, else 65536 / (65536 - threshold), for j in [0, n).
-// first_column is a multiple of 8.
-BERTFAST_INLINE void dropout_multipliers(Dropout dropout, uint32_t c1, uint32_t c2, uint32_t c3, int64_t first_column,
-                                         float* out, int64_t n) {
+// out[j] = 0 where numbers[j] is below the threshold, else 65536 / (65536 - threshold), for j in [0, n).
+BERTFAST_INLINE void multipliers_of(Dropout dropout, const uint16_t* numbers, float* out, int64_t n) {
     const Vec scale = splat(65536.0f / static_cast<float>(65536u - dropout.threshold));
     const VecI threshold = VecI{} + static_cast<int32_t>(dropout.threshold);
-    alignas(64) uint16_t numbers[8 * counters];
-    for (int64_t j = 0; j < n; j += 8 * counters) {
-        philox(dropout.seed, static_cast<uint32_t>((first_column + j) / 8), c1, c2, c3, numbers);
-        for (int i = 0; i < 8 * counters && j + i < n; i += lanes) {
-            VecHalf drawn;
-            std::memcpy(&drawn, numbers + i, sizeof drawn);
-            const Vec multiplier = __builtin_convertvector(drawn, VecI) < threshold ? Vec{} : scale;
-            if (n - j - i >= lanes)
-                store(out + j + i, multiplier);
-            else
-                store(out + j + i, multiplier, static_cast<int>(n - j - i));
-        }
+    for (int64_t j = 0; j < n; j += lanes) {
+        VecHalf drawn;
+        std::memcpy(&drawn, numbers + j, sizeof drawn);
+        const Vec multiplier = __builtin_convertvector(drawn, VecI) < threshold ? Vec{} : scale;
+        if (n - j >= lanes)
+            store(out + j, multiplier);
+        else
+            store(out + j, multiplier, static_cast<int>(n - j));
     }
 }
 
 // The multipliers of row `row` of a [rows, columns] tensor.
 BERTFAST_INLINE void dropout_row(Dropout dropout, int64_t row, float* out, int64_t columns) {
-    dropout_multipliers(dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), 0, 0, out, columns);
+    constexpr int width = 8 * counters;
+    alignas(64) uint16_t numbers[width];
+    for (int64_t j = 0; j < columns; j += width) {
+        const Words words = philox(dropout.seed, static_cast<uint32_t>(j / 8), static_cast<uint32_t>(row),
+                                   static_cast<uint32_t>(row >> 32), 0);
+        const VecLong first = (words.x[0] & 0xffffffffu) | (words.x[1] << 32);
+        const VecLong second = (words.x[2] & 0xffffffffu) | (words.x[3] << 32);
+        for (int i = 0; i < counters; ++i) {
+            const uint64_t pair[2] = {first[i], second[i]};
+            std::memcpy(numbers + 8 * i, pair, sizeof pair);
+        }
+        multipliers_of(dropout, numbers, out + j, columns - j < width ? columns - j : width);
+    }
+}
+
+// The multipliers of a row of attention's probabilities: those of `query` for the keys [0, keys).
+BERTFAST_INLINE void dropout_keys(Dropout dropout, uint32_t query, uint32_t head, uint32_t sequence, float* out,
+                                  int64_t keys) {
+    typedef uint16_t Narrow __attribute__((vector_size(2 * counters)));
+    alignas(64) uint16_t numbers[64];
+    for (int64_t j = 0; j < keys; j += 64) {
+        for (int r = 0; r < 8; r += counters) {
+            const Words words = philox(dropout.seed, static_cast<uint32_t>(j / 8 + r), query, head, sequence);
+            for (int lane = 0; lane < 8; ++lane) {
+                const VecLong word = words.x[lane / 2];
+                const Narrow drawn = __builtin_convertvector(lane % 2 ? word >> 16 & 0xffffu : word & 0xffffu, Narrow);
+                std::memcpy(numbers + 8 * lane + r, &drawn, sizeof drawn);
+            }
+        }
+        multipliers_of(dropout, numbers, out + j, keys - j < 64 ? keys - j : 64);
+    }
 }
 
 }  // namespace bertfast::BERTFAST_ISA
