@@ -106,7 +106,13 @@ class BertLayer(nn.Module):
     def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
         """(tokens, hidden) to (tokens, hidden)."""
         settings = self._settings()
-        attend = partial(varlen_attention, cu_seqlens=packing.cu_seqlens, dropout_p=settings.attention_dropout)
+        attend = partial(
+            varlen_attention,
+            cu_seqlens=packing.cu_seqlens,
+            max_seqlen=packing.max_seqlen,
+            order=packing.order,
+            dropout_p=settings.attention_dropout,
+        )
         return encoder_layer(hidden, attend, self._parameters_in_order(), settings, self.packs)
 
     def _settings(self) -> LayerSettings:

@@ -20,6 +20,8 @@ class Packing:
         no padding, so that packing is a view.
     batch, seq_len: the rectangle.
     lengths: valid tokens of each sequence, on the host.
+    max_seqlen: the largest of them.
+    order: (batch,) int32, longest sequences first, in which a GPU begins with them; None where it does not matter.
     """
 
     cu_seqlens: Tensor
@@ -27,6 +29,8 @@ class Packing:
     batch: int
     seq_len: int
     lengths: tuple[int, ...]
+    max_seqlen: int
+    order: Tensor | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "Packing":
@@ -53,13 +57,14 @@ class Packing:
         cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
         torch.cumsum(counts, 0, out=cu_seqlens[1:])
         indices = valid.flatten().nonzero().flatten()
-        return cls(cu_seqlens, indices, batch, seq_len, tuple(lengths))
+        order = None if mask.device.type == "cpu" else counts.argsort(descending=True).int()
+        return cls(cu_seqlens, indices, batch, seq_len, tuple(lengths), max(lengths), order)
 
     @classmethod
     def full(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> "Packing":
         """The packing of a rectangle without padding."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
-        return cls(cu_seqlens, None, batch, seq_len, (seq_len,) * batch)
+        return cls(cu_seqlens, None, batch, seq_len, (seq_len,) * batch, seq_len if batch else 0)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
@@ -72,7 +77,8 @@ class Packing:
             return cls.full(batch, seq_len, device)
         valid = torch.arange(seq_len)[None] < host[1:, None]
         indices = valid.flatten().nonzero().flatten().to(device)
-        return cls(host.cumsum(0).int().to(device), indices, batch, seq_len, tuple(lengths))
+        order = host[1:].argsort(descending=True).int().to(device)
+        return cls(host.cumsum(0).int().to(device), indices, batch, seq_len, tuple(lengths), seq_len, order)
 
     @property
     def tokens(self) -> int:
@@ -157,7 +163,8 @@ class PackedBatch:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device, non_blocking=True)
 
-        packing = replace(self.packing, cu_seqlens=move(self.packing.cu_seqlens), indices=move(self.packing.indices))
+        p = self.packing
+        packing = replace(p, cu_seqlens=move(p.cu_seqlens), indices=move(p.indices), order=move(p.order))
         return PackedBatch(
             move(self.input_ids), move(self.position_ids), packing, move(self.token_type_ids), move(self.labels)
         )

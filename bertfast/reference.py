@@ -88,6 +88,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return centred * torch.rsqrt(variance + eps) * weight + bias
 
 
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / sqrt(var + eps)) of each row, (T,) float32: what the backward of a norm is given."""
+    mean = x.mean(-1)
+    variance = (x - mean[:, None]).square().mean(-1)
+    return mean.float(), torch.rsqrt(variance + eps).float()
+
+
 def layer_norm_backward(dout: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients (dx, dweight, dbias) of `layer_norm`.
 
@@ -98,6 +105,21 @@ def layer_norm_backward(dout: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
     xhat, g = centred * rstd, dout * weight
     dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
     return dx, (dout * xhat).sum(0), dout.sum(0)
+
+
+def embedding_sum(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+) -> Tensor:
+    """word[input_ids] + position[position_ids] + token_type[token_type_ids], unrounded: what the norm normalises."""
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    rows = [F.embedding(i, t) for i, t in ((input_ids, word), (position_ids, position), (types, token_type))]
+    w, p, t = _wide(*rows)
+    return w + t + p
 
 
 def embed_layer_norm(
@@ -117,10 +139,9 @@ def embed_layer_norm(
 
     Ids: (T,) int64, token_type_ids None means 0 everywhere. Tables: (vocabulary, H), (positions, H), (types, H).
     """
-    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-    rows = [F.embedding(i, t) for i, t in ((input_ids, word), (position_ids, position), (types, token_type))]
-    w, p, t, gamma, beta = _wide(*rows, weight, bias)
-    return dropout(layer_norm(w + t + p, gamma, beta, eps), dropout_p, seed).to(word.dtype)
+    y = embedding_sum(input_ids, position_ids, token_type_ids, word, position, token_type)
+    gamma, beta = _wide(weight, bias)
+    return dropout(layer_norm(y, gamma, beta, eps), dropout_p, seed).to(word.dtype)
 
 
 def embed_layer_norm_backward(
@@ -138,11 +159,20 @@ def embed_layer_norm_backward(
 ) -> list[Tensor]:
     """The gradients of (word, position, token_type, weight, bias): each table's row sums those of its tokens."""
     types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    y = embedding_sum(input_ids, position_ids, types, word, position, token_type)
+    g, gamma = _wide(dout, weight)
+    dx, dweight, dbias = layer_norm_backward(dropout(g, dropout_p, seed), y, gamma, eps)
     lookups = ((input_ids, word), (position_ids, position), (types, token_type))
-    g, w, p, t, gamma = _wide(dout, *(F.embedding(i, table) for i, table in lookups), weight)
-    dx, dweight, dbias = layer_norm_backward(dropout(g, dropout_p, seed), w + t + p, gamma, eps)
     tables = [dx.new_zeros(table.shape).index_add_(0, ids, dx) for ids, table in lookups]
     return [gradient.to(word.dtype) for gradient in (*tables, dweight, dbias)]
+
+
+def residual_sum(
+    x: Tensor, residual: Tensor, x_bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """dropout(x + x_bias) + residual, unrounded: what the norm normalises."""
+    y, r, b = _wide(x, residual, x_bias)
+    return dropout(y if b is None else y + b, dropout_p, seed) + r
 
 
 def residual_layer_norm(
@@ -156,10 +186,8 @@ def residual_layer_norm(
     seed: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(dropout(x + x_bias) + residual). x, residual: (T, H); weight, bias, x_bias: (H,). Returns (T, H)."""
-    y, r, gamma, beta, b = _wide(x, residual, weight, bias, x_bias)
-    if b is not None:
-        y = y + b
-    return layer_norm(dropout(y, dropout_p, seed) + r, gamma, beta, eps).to(x.dtype)
+    gamma, beta = _wide(weight, bias)
+    return layer_norm(residual_sum(x, residual, x_bias, dropout_p, seed), gamma, beta, eps).to(x.dtype)
 
 
 def residual_layer_norm_backward(
@@ -173,10 +201,9 @@ def residual_layer_norm_backward(
     seed: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of (x, residual, weight, bias, x_bias), the last whether or not there is an x_bias."""
-    g, y, r, gamma, b = _wide(dout, x, residual, weight, x_bias)
-    if b is not None:
-        y = y + b
-    dresidual, dweight, dbias = layer_norm_backward(g, dropout(y, dropout_p, seed) + r, gamma, eps)
+    g, gamma = _wide(dout, weight)
+    y = residual_sum(x, residual, x_bias, dropout_p, seed)
+    dresidual, dweight, dbias = layer_norm_backward(g, y, gamma, eps)
     dx = dropout(dresidual, dropout_p, seed)
     return [gradient.to(x.dtype) for gradient in (dx, dresidual, dweight, dbias, dx.sum(0))]
 
@@ -234,6 +261,17 @@ def varlen_attention(
         p = torch.softmax((q @ k.transpose(1, 2)) * scale, dim=-1)
         outputs.append((p * _attention_multiplier(p, b, dropout_p, seed) @ v).transpose(0, 1))
     return torch.cat(outputs).to(qkv.dtype)
+
+
+def varlen_attention_lse(qkv: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+    """log sum exp(scale q k^T) over the keys, the natural logarithm, (A, T): what the backward is given."""
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    (wide,) = _wide(qkv)
+    rows = [wide.new_zeros(qkv.shape[2], 0)]
+    for start, end in _pairs(cu_seqlens):
+        q, k, _ = wide[start:end].permute(1, 2, 0, 3)
+        rows.append(torch.logsumexp((q @ k.transpose(1, 2)) * scale, dim=-1))
+    return torch.cat(rows, dim=1).float()
 
 
 def varlen_attention_backward(

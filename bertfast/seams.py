@@ -182,7 +182,7 @@ class LayerSeam:
             reading = structure.read(hidden_states)
         if type(reading) is not Refusal:
             attend = (
-                _packed_attention(ticket.packing.cu_seqlens, reading)
+                _packed_attention(ticket.packing, reading)
                 if ticket is not None
                 else refuse_keywords(kwargs)
                 or (Refusal("cross attention or head mask") if any(a is not None for a in args) else None)
@@ -218,11 +218,15 @@ def _keeps_weights(layer: nn.Module, reading: LayerReading) -> bool:
     return not cast and is_seam(layer) and not hasattr(weight, "_fsdp_flattened")
 
 
-def _packed_attention(cu_seqlens: Tensor, reading: LayerReading) -> Callable[[Tensor], Tensor]:
-    def attend(qkv: Tensor) -> Tensor:
-        return varlen_attention(qkv, cu_seqlens, scale=reading.scale, dropout_p=reading.settings.attention_dropout)
-
-    return attend
+def _packed_attention(packing: Packing, reading: LayerReading) -> Callable[[Tensor], Tensor]:
+    return functools.partial(
+        varlen_attention,
+        cu_seqlens=packing.cu_seqlens,
+        max_seqlen=packing.max_seqlen,
+        order=packing.order,
+        scale=reading.scale,
+        dropout_p=reading.settings.attention_dropout,
+    )
 
 
 def _rectangle_attention(
@@ -233,7 +237,7 @@ def _rectangle_attention(
         return Refusal(f"hidden states of {hidden_states.dim()} dimensions")
     batch, seq_len, _ = hidden_states.shape
     if mask is None:
-        return _packed_attention(Packing.full(batch, seq_len, hidden_states.device).cu_seqlens, reading)
+        return _packed_attention(Packing.full(batch, seq_len, hidden_states.device), reading)
     heads = reading.settings.heads
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return Refusal("an attention mask of unknown form")

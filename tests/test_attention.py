@@ -120,9 +120,9 @@ def test_same_bits_whatever_the_threads(native_implementation):
 def test_opcheck(implementation, p):
     qkv, cu_seqlens = make_qkv([11], 2, 8, torch.float32), borders([4, 7])
     seed = torch.tensor([5]) if p else None
-    opcheck(torch.ops.bertfast.varlen_attention, (qkv.clone().requires_grad_(), cu_seqlens, 0.3, p, seed))
-    out, lse = torch.ops.bertfast.varlen_attention(qkv, cu_seqlens, 0.3, p, seed)
-    arguments = (torch.randn_like(out), qkv, cu_seqlens, out, lse, 0.3, p, seed)
+    opcheck(torch.ops.bertfast.varlen_attention, (qkv.clone().requires_grad_(), cu_seqlens, -1, None, 0.3, p, seed))
+    out, lse = torch.ops.bertfast.varlen_attention(qkv, cu_seqlens, 7, None, 0.3, p, seed)
+    arguments = (torch.randn_like(out), qkv, cu_seqlens, 7, None, out, lse, 0.3, p, seed)
     opcheck(torch.ops.bertfast.varlen_attention_backward, arguments)
 
 

@@ -825,7 +825,12 @@ def _tanh_gelu(m: pytest.MonkeyPatch) -> None:
 
 def _ignored_mask(m: pytest.MonkeyPatch) -> None:
     right = seams.varlen_attention
-    m.setattr(seams, "varlen_attention", lambda q, c, **k: right(q, torch.stack((c[0], c[-1])), **k))
+    whole = lambda c: torch.stack((c[0], c[-1]))  # noqa: E731
+    m.setattr(
+        seams,
+        "varlen_attention",
+        lambda q, cu_seqlens, max_seqlen, order, **k: right(q, whole(cu_seqlens), max_seqlen=len(q), **k),
+    )
 
 
 def _no_residual(m: pytest.MonkeyPatch) -> None:

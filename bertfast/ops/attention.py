@@ -11,6 +11,8 @@ def varlen_attention(
     qkv: Tensor,
     cu_seqlens: Tensor,
     *,
+    max_seqlen: int | None = None,
+    order: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -21,12 +23,17 @@ def varlen_attention(
         qkv: (tokens, 3, heads, head_size), the last axis dense; a view of the QKV GEMM's output fits as it is.
         cu_seqlens: (sequences + 1,) int32, rising from 0 to tokens: sequence b is cu_seqlens[b] .. cu_seqlens[b + 1].
             Lengths of 0 are allowed.
+        max_seqlen: the longest length, or any number that is not smaller; without it a GPU has to be waited for.
+            `Packing.max_seqlen` knows it.
+        order: (sequences,) int32, the order in which a GPU begins the sequences, as in `Packing.order`: longest first
+            keeps it busy to the end. The result does not depend on it.
         scale: defaults to 1 / sqrt(head_size).
         dropout_p, seed: as in `residual_layer_norm`, on the probabilities.
 
     Returns (tokens, heads, head_size), dense, in qkv's dtype; scores and softmax are float32. The backward recomputes
     the probabilities from the log-sum-exp of each row. Raises ValueError / TypeError where shapes, dtypes or devices
-    do not fit, or (on the CPU) where cu_seqlens is not what it says. Sources: Vaswani et al. 2017; the backward is
+    do not fit, or (on the CPU) where cu_seqlens is not what it says: on a GPU a wrong cu_seqlens or max_seqlen is not
+    noticed. Sources: Vaswani et al. 2017; the backward is
     that of Dao et al. 2022, without the tiling.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
@@ -36,12 +43,36 @@ def varlen_attention(
             f"cu_seqlens must be (sequences + 1,) int32 on {qkv.device}, "
             f"not {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         )
+    sequences = cu_seqlens.shape[0] - 1
+    if order is not None and (order.dtype != torch.int32 or order.shape != (sequences,) or order.device != qkv.device):
+        raise ValueError(f"order must be ({sequences},) int32 on {qkv.device}, not {tuple(order.shape)} {order.dtype}")
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    max_seqlen = _UNKNOWN if max_seqlen is None else max_seqlen
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, qkv.device)
     if registry.seen(qkv):
-        return _op(qkv, cu_seqlens, scale, dropout_p, seed)[0]
-    forward, _ = backend.implementation("varlen_attention", qkv)
-    return forward(qkv, cu_seqlens, scale, dropout_p, seed, False)[0]
+        return _op(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed)[0]
+    return _forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, False)[0]
+
+
+_UNKNOWN = -1
+
+
+def _longest(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
+    """max_seqlen, found out where the caller did not know and the device's kernels want to."""
+    if max_seqlen != _UNKNOWN or (qkv.device.type == "cpu" and not backend.interpreting()):
+        return max_seqlen
+    return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+
+
+def _shape(qkv: Tensor, max_seqlen: int) -> tuple[int, int] | None:
+    """The class of shapes that the choice of a backend depends on: head size, and a power of two of the length."""
+    return None if max_seqlen == _UNKNOWN else (qkv.shape[3], 1 << max(max_seqlen - 1, 0).bit_length())
+
+
+def _forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
+    max_seqlen = _longest(qkv, cu_seqlens, max_seqlen)
+    run = backend.implementation("varlen_attention", qkv, _shape(qkv, max_seqlen))
+    return run(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save)
 
 
 def _check_borders(cu_seqlens: Tensor, tokens: int) -> None:
@@ -58,7 +89,7 @@ def _cpu_arguments(qkv, cu_seqlens, out, lse, *gradient):
     return (qkv, *qkv.stride()[:3], cu_seqlens, out, lse, *gradient, *sizes)
 
 
-def _cpu_forward(qkv, cu_seqlens, scale, dropout_p, seed, save):
+def _cpu_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
     _check_borders(cu_seqlens, qkv.shape[0])
     qkv, cu_seqlens = qkv if qkv.stride(3) == 1 else qkv.contiguous(), cu_seqlens.contiguous()
     tokens, _, heads, size = qkv.shape
@@ -69,7 +100,7 @@ def _cpu_forward(qkv, cu_seqlens, scale, dropout_p, seed, save):
     return out, lse
 
 
-def _cpu_backward(dout, qkv, cu_seqlens, out, lse, scale, dropout_p, seed):
+def _cpu_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scale, dropout_p, seed):
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
     dout, cu_seqlens, out = registry.dense(dout, cu_seqlens, out)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
@@ -78,60 +109,64 @@ def _cpu_backward(dout, qkv, cu_seqlens, out, lse, scale, dropout_p, seed):
     return dqkv
 
 
-def _reference_forward(qkv, cu_seqlens, scale, dropout_p, seed, save):
+def _reference_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
     _check_borders(cu_seqlens, qkv.shape[0])
     out = reference.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed)
-    # The reference's backward computes everything anew; lse only keeps the op's signature.
-    return out.contiguous(), qkv.new_zeros(qkv.shape[2], qkv.shape[0], dtype=torch.float32)
+    return out.contiguous(), reference.varlen_attention_lse(qkv, cu_seqlens, scale) if save else None
 
 
-def _reference_backward(dout, qkv, cu_seqlens, out, lse, scale, dropout_p, seed):
+def _reference_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scale, dropout_p, seed):
     return reference.varlen_attention_backward(dout, qkv, cu_seqlens, scale, dropout_p, seed).contiguous()
 
 
-backend.register("varlen_attention", "cpu", (_cpu_forward, _cpu_backward))
-backend.register("varlen_attention", "reference", (_reference_forward, _reference_backward))
+# Forward and backward are chosen apart: not every backend has both, and all of them agree on what is saved between.
+backend.register("varlen_attention", "cpu", _cpu_forward)
+backend.register("varlen_attention", "reference", _reference_forward)
+backend.register("varlen_attention_backward", "cpu", _cpu_backward)
+backend.register("varlen_attention_backward", "reference", _reference_backward)
 
 
-def _run(qkv, cu_seqlens, scale, dropout_p, seed):
-    forward, _ = backend.implementation("varlen_attention", qkv)
-    return forward(qkv, cu_seqlens, scale, dropout_p, seed, True)
+def _run(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed):
+    return _forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, True)
 
 
-def _fake(qkv, cu_seqlens, scale, dropout_p, seed):
+def _fake(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed):
     tokens, _, heads, size = qkv.shape
     return qkv.new_empty(tokens, heads, size), qkv.new_empty(heads, tokens, dtype=torch.float32)
 
 
-def _run_backward(dout, qkv, cu_seqlens, out, lse, scale, dropout_p, seed):
-    _, backward = backend.implementation("varlen_attention", qkv)
-    return backward(dout, qkv, cu_seqlens, out, lse, scale, dropout_p, seed)
+def _run_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scale, dropout_p, seed):
+    max_seqlen = _longest(qkv, cu_seqlens, max_seqlen)
+    run = backend.implementation("varlen_attention_backward", qkv, _shape(qkv, max_seqlen))
+    return run(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scale, dropout_p, seed)
 
 
-def _fake_backward(dout, qkv, cu_seqlens, out, lse, scale, dropout_p, seed):
+def _fake_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scale, dropout_p, seed):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, cu_seqlens, ctx.scale, ctx.dropout_p, seed = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, order, ctx.scale, ctx.dropout_p, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, cu_seqlens, out, lse, seed)
+    ctx.save_for_backward(qkv, cu_seqlens, order, out, lse, seed)
 
 
 def _autograd(ctx, dout, dlse):
-    *saved, seed = ctx.saved_tensors
-    return _op_backward(dout, *saved, ctx.scale, ctx.dropout_p, seed), None, None, None, None
+    qkv, cu_seqlens, order, out, lse, seed = ctx.saved_tensors
+    arguments = (dout, qkv, cu_seqlens, ctx.max_seqlen, order, out, lse, ctx.scale, ctx.dropout_p, seed)
+    return _op_backward(*arguments), *(None,) * 6
 
 
 _op_backward = registry.define(
-    "varlen_attention_backward(Tensor dout, Tensor qkv, Tensor cu_seqlens, Tensor out, Tensor lse, float scale,"
-    " float dropout_p, Tensor? seed) -> Tensor",
+    "varlen_attention_backward(Tensor dout, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? order,"
+    " Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed) -> Tensor",
     _run_backward,
     _fake_backward,
 )
 _op = registry.define(
-    "varlen_attention(Tensor qkv, Tensor cu_seqlens, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor)",
+    "varlen_attention(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? order, float scale, float dropout_p,"
+    " Tensor? seed) -> (Tensor, Tensor)",
     _run,
     _fake,
     _setup_context,
