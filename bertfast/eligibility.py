@@ -14,7 +14,7 @@ from bertfast.families import KINDS, Family, activation_of
 from bertfast.layer import LayerParameters, LayerSettings
 
 _PLAIN = (nn.Parameter, Tensor)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Keywords that change nothing in the layers: the first two are read above them, transformers 5 hands them all on.
 INERT = frozenset(("output_hidden_states", "num_items_in_batch", "position_ids", "cache_position"))
 
@@ -159,9 +159,11 @@ def refuse_kind(dtype: torch.dtype, device: torch.device) -> Refusal | None:
     """Why the fused ops should not run on tensors of this kind: no kernels, or autocast would change stock's dtypes."""
     if dtype not in _DTYPES:
         return Refusal(f"{_short(dtype)} has no kernels")
-    if device.type != "cpu" and backend.explain("varlen_attention", device, dtype).backend == "reference":
-        return Refusal(f"{device.type} has no kernels")
-    if dtype is torch.bfloat16 and torch.is_autocast_enabled(device.type):
+    # In these the reference would be slower than stock code: it has no tensor cores, or computes in float32.
+    slow = device.type != "cpu" or dtype is torch.float16
+    if slow and backend.explain("varlen_attention", device, dtype).backend == "reference":
+        return Refusal(f"{_short(dtype)} has no kernels on {device.type}")
+    if dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(device.type):
         return Refusal("autocast over weights that are not float32")
     return None
 

@@ -150,7 +150,7 @@ def test_doctor_tries_the_ops(capsys, monkeypatch):
         return right(*arguments) * (1.1 if len(calls) == 1 else 1)
 
     monkeypatch.setattr(COMMANDS["doctor"].ops, "bias_gelu", wrong_at_first)
-    assert "broken: bias_gelu in float32 fails: ArithmeticError: off by" in run(capsys, "doctor", status=1)
+    assert "broken: bias_gelu in float32 on cpu fails: ArithmeticError: off by" in run(capsys, "doctor", status=1)
 
 
 def test_doctor_and_a_backend_that_is_none(capsys, monkeypatch):

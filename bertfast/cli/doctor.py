@@ -19,7 +19,7 @@ from bertfast.errors import BackendError
 HELP = "what is installed, what runs, and what is missing"
 
 _OPS = ("embed_layer_norm", "linear", "varlen_attention", "bias_gelu", "residual_layer_norm")
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 _EXTRAS = {
     "transformers": "bertfast.patch, check and bench work on its models: pip install 'bertfast[transformers]'",
     "tokenizers": "fill-mask and embed cut text into tokens with it: pip install 'bertfast[transformers]'",
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything that the doctor knows."""
     versions = machine.versions()
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     report: dict[str, Any] = {
         "versions": versions,
         "platform": platform.platform(),
@@ -54,7 +55,7 @@ def examine() -> dict[str, Any]:
         "gpus": machine.gpus(),
         "native": _native(),
         "backend": _setting(),
-        "ops": [_choice(op, dtype) for dtype in _DTYPES for op in _OPS],
+        "ops": [_choice(op, device, dtype) for device in devices for dtype in _DTYPES[device] for op in _OPS],
     }
     report["broken"] = _broken(report)
     report["advice"] = _advice(report)
@@ -82,28 +83,28 @@ def _setting() -> dict[str, str | None]:
         return {"setting": os.environ.get("BERTFAST_BACKEND"), "error": str(error)}
 
 
-def _choice(op: str, dtype: torch.dtype) -> dict[str, Any]:
+def _choice(op: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """What runs an op, and whether it really does: kernels that load can still fail."""
-    record: dict[str, Any] = {"op": op, "dtype": str(dtype).removeprefix("torch."), "backend": None, "refused": {}}
+    record: dict[str, Any] = {"op": op, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+    record |= {"backend": None, "refused": {}}
     try:
-        choice = backend.explain(op, "cpu", dtype)
+        choice = backend.explain(op, device, dtype)
         record |= {"backend": choice.backend, "refused": choice.refused}
-        _try(op, dtype)
+        _try(op, device, dtype)
         record["error"] = None
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"
     return record
 
 
-def _try(op: str, dtype: torch.dtype) -> None:
+def _try(op: str, device: str, dtype: torch.dtype) -> None:
     """Run the op once, small. Raises whatever it raises, and ArithmeticError where the reference says otherwise."""
     draw = torch.Generator().manual_seed(0)
-    ids = torch.tensor([1, 2, 0])
-    x, vector = torch.randn(3, 64, generator=draw).to(dtype), torch.randn(64, generator=draw).to(dtype)
-    qkv, borders = torch.randn(3, 3, 2, 32, generator=draw).to(dtype), torch.tensor([0, 1, 3], dtype=torch.int32)
+    ids, borders = torch.tensor([1, 2, 0], device=device), torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
+    x, vector, qkv = (torch.randn(s, generator=draw).to(device, dtype) for s in ((3, 64), (64,), (3, 3, 2, 32)))
     calls = {
         "embed_layer_norm": lambda: ops.embed_layer_norm(ids, ids, None, x, x, x, vector, vector),
-        "linear": lambda: ops.linear(x, torch.eye(64, dtype=dtype), vector),
+        "linear": lambda: ops.linear(x, torch.eye(64, dtype=dtype, device=device), vector),
         "varlen_attention": lambda: ops.varlen_attention(qkv, borders),
         "bias_gelu": lambda: ops.bias_gelu(x, vector),
         "residual_layer_norm": lambda: ops.residual_layer_norm(x, x, vector, vector),
@@ -127,7 +128,7 @@ def _broken(report: dict[str, Any]) -> list[str]:
     ]
     if report["backend"]["error"]:
         return [*broken, report["backend"]["error"]]
-    broken += [f"{o['op']} in {o['dtype']} fails: {o['error']}" for o in report["ops"] if o["error"]]
+    broken += [f"{o['op']} in {o['dtype']} on {o['device']} fails: {o['error']}" for o in report["ops"] if o["error"]]
     for package in ("transformers", "tokenizers"):
         if report["versions"][package]:
             try:
@@ -150,8 +151,10 @@ def _advice(report: dict[str, Any]) -> list[str]:
         advice.append(cpu["openmp"])
     elif cpu["loaded"] and cpu["isa"] == "baseline":
         advice.append("the CPU kernels run without AVX2: " + ", ".join(cpu["available_isas"]) + " is all there is here")
-    if report["gpus"] and not report["native"]["cuda"]["loaded"]:
-        advice.append("GPUs are not used: " + report["native"]["cuda"]["reason"])
+    slow = {o["op"] for o in report["ops"] if (o["device"], o["backend"]) == ("cuda", "reference")} - {"linear"}
+    if slow:
+        names = ", ".join(sorted(slow))
+        advice.append(f"on the GPU {names} run in plain PyTorch: pip install triton, or install bertfast where nvcc is")
     threads, cores = report["cpu"]["threads"], report["cpu"]["cores"]
     if threads > cores:
         advice.append(f"PyTorch uses {threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}")
@@ -182,7 +185,10 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{name.ljust(width)}  {value}")
     print()
     print_table(
-        [("op", "dtype", "runs on"), *((o["op"], o["dtype"], o["backend"] or "nothing") for o in report["ops"])]
+        [
+            ("op", "device", "dtype", "runs on"),
+            *((o["op"], o["device"], o["dtype"], o["backend"] or "nothing") for o in report["ops"]),
+        ]
     )
     for reason in dict.fromkeys(f"{b}: {why}" for o in report["ops"] for b, why in o["refused"].items()):
         print(f"refused {reason}")
