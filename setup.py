@@ -34,7 +34,7 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 
 # Ampere, Ada, Hopper and Blackwell: machine code for these, and PTX of the last for what comes after them.
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100")
-CUDA_KERNELS = ("gelu",)
+CUDA_KERNELS = ("attention", "embedding", "gelu", "norm")
 
 
 class Object(NamedTuple):

@@ -9,73 +9,20 @@
 // All others are read an element at a time, the lanes of a warp side by side.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
-
-#include "launch.h"
+#include "elements.cuh"
+#include "launch.cuh"
+#include "ptx.cuh"
 
 namespace bertfast {
 namespace {
 
-constexpr int lanes = 32, warps = 8;
-
-template <class T>
-constexpr int per_thread = 16 / sizeof(T);
+constexpr int warps = 8;
 
 template <class T>
 dim3 grid(int64_t rows, int64_t cols) {
     return dim3(divide_up(cols, lanes * per_thread<T>), row_chunks(rows));
 }
 inline dim3 block() { return dim3(lanes, warps); }
-
-// Whether rows of `cols` elements at these addresses (null ones are not there) can be read 16 bytes at a time.
-template <class T, class... Pointers>
-bool aligned(int64_t cols, Pointers... pointers) {
-    return cols % per_thread<T> == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
-// 16 bytes as they lie in memory to floats, and back, rounded to nearest even. By the word: taking 16-bit values out of
-// registers would cost instructions, and registers.
-template <class T>
-__device__ void unpack(uint4 bits, float (&to)[per_thread<T>]) {
-    const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
-    for (int i = 0; i < 4; ++i) {
-        if constexpr (std::is_same_v<T, float>) {
-            to[i] = __uint_as_float(words[i]);
-        } else if constexpr (std::is_same_v<T, __half>) {
-            const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
-            to[2 * i] = pair.x;
-            to[2 * i + 1] = pair.y;
-        } else {  // a bfloat16 is the upper half of a float
-            to[2 * i] = __uint_as_float(words[i] << 16);
-            to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-        }
-    }
-}
-
-template <class T>
-__device__ uint4 pack(const float (&from)[per_thread<T>]) {
-    uint32_t words[4];
-    for (int i = 0; i < 4; ++i) {
-        if constexpr (std::is_same_v<T, float>)
-            words[i] = __float_as_uint(from[i]);
-        else if constexpr (std::is_same_v<T, __half>)
-            reinterpret_cast<__half2&>(words[i]) = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
-        else
-            reinterpret_cast<__nv_bfloat162&>(words[i]) = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// nvcc splits the plain store in four where it stands in an unrolled loop.
-__device__ inline void store_16_bytes(void* to, uint4 bits) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),
-                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
-                 : "memory");
-}
 
 template <class T>
 struct Elements {
@@ -150,11 +97,23 @@ __device__ void store_chunk(const Columns<T, is_aligned>& columns, const float (
     workspace[blockIdx.y * columns.cols + columns.begin + j] = sum;
 }
 
-// out = the sum of the chunks. 32 columns to a block; each warp adds every 32nd chunk, then one warp adds the warps.
+// Where sums over rows go, one after another in the workspace; null where one is not wanted.
 template <class T>
-__global__ void __launch_bounds__(1024) add_chunks_kernel(const float* workspace, T* out, int64_t chunks,
+struct SumsTo {
+    T* out[3];
+};
+
+// Each out = the sum of its chunks. 32 columns to a block; each warp adds every 32nd chunk, then one warp adds the
+// warps.
+template <class T>
+__global__ void __launch_bounds__(1024) add_chunks_kernel(const float* workspace, SumsTo<T> to, int64_t chunks,
                                                           int64_t cols) {
     __shared__ float by_warp[lanes][lanes];
+    wait_for_predecessors();
+    start_dependents();
+    T* const out = blockIdx.y == 0 ? to.out[0] : blockIdx.y == 1 ? to.out[1] : to.out[2];
+    if (!out) return;
+    workspace += blockIdx.y * chunks * cols;
     const int64_t column = int64_t{blockIdx.x} * lanes + threadIdx.x;
     float sum = 0;
     if (column < cols) {
@@ -172,10 +131,12 @@ __global__ void __launch_bounds__(1024) add_chunks_kernel(const float* workspace
     out[column] = static_cast<T>(sum);
 }
 
-template <class T>
-void add_chunks(const float* workspace, void* out, int64_t rows, int64_t cols, cudaStream_t stream) {
-    add_chunks_kernel<T><<<divide_up(cols, lanes), dim3(lanes, lanes), 0, stream>>>(workspace, static_cast<T*>(out),
-                                                                                   row_chunks(rows), cols);
+// The workspace is [outs, row_chunks(rows), cols].
+template <class T, class... Outs>
+void add_chunks(const float* workspace, int64_t rows, int64_t cols, cudaStream_t stream, Outs... outs) {
+    const dim3 grid(divide_up(cols, lanes), sizeof...(outs));
+    launch(add_chunks_kernel<T>, grid, dim3(lanes, lanes), 0, stream, workspace, SumsTo<T>{static_cast<T*>(outs)...},
+           row_chunks(rows), cols);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // The host's part that needs no device compiler: what was built, what the driver shows, what has gone wrong.
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <atomic>
 #include <sstream>
 #include <stdexcept>
 
@@ -28,6 +30,18 @@ int driver_version() {
 }
 
 int runtime_version() { return CUDART_VERSION; }
+
+bool kernels_can_overlap() {
+    static std::array<std::atomic<int>, 64> major_of;  // 0 where it has not been asked for
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device < 0) return false;
+    if (device < static_cast<int>(major_of.size())) major = major_of[device];
+    if (major == 0) {
+        if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+        if (device < static_cast<int>(major_of.size())) major_of[device] = major;
+    }
+    return major >= 9;
+}
 
 int64_t row_chunks(int64_t rows) { return divide_up(rows, chunk_length(rows)); }
 

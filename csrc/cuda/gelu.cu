@@ -10,29 +10,6 @@
 namespace bertfast {
 namespace {
 
-__device__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// The smaller and the larger, NaN where either is: fminf and fmaxf would lose it.
-__device__ float smaller(float a, float b) {
-    float y;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-}
-__device__ float larger(float a, float b) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-}
-
 // Everything is computed from a = |u|, by symmetry: GELU(u) = max(u, 0) - a tail(a) and GELU'(-a) = tail(a) - a phi(a)
 // = 1 - GELU'(a), with the tail of the normal distribution, 1 - Phi(a) = exp(-a^2 / 2) p(1 / (1 + k a)), which keeps
 // its relative precision where 1 + erf would cancel. The polynomial p is fitted for the least relative error: 1.7e-7
@@ -96,6 +73,8 @@ template <class T, class Form, bool is_aligned>
 __global__ void __launch_bounds__(lanes * warps, 4)
     forward_kernel(const T* x, const T* bias, T* out, int64_t rows, int64_t cols, int64_t chunk) {
     constexpr int ahead = is_aligned ? 4 : 1, count = per_thread<T>;  // rows whose loads are on their way at once
+    wait_for_predecessors();
+    start_dependents();
     const Columns<T, is_aligned> columns(cols);
     if (!columns.has(0)) return;
     float b[count] = {};
@@ -122,6 +101,8 @@ __global__ void __launch_bounds__(lanes * warps, 4)
     backward_kernel(const T* dout, const T* x, const T* bias, T* dx, float* workspace, int64_t rows, int64_t cols,
                     int64_t chunk) {
     constexpr int ahead = is_aligned ? 2 : 1, count = per_thread<T>;
+    wait_for_predecessors();
+    start_dependents();
     const Columns<T, is_aligned> columns(cols);
     float b[count] = {}, sums[count] = {};
     if (bias && columns.has(0)) columns.widen(columns.load(bias), b);
@@ -154,9 +135,8 @@ template <class T, class Form>
 void forward(const BiasGelu& p, cudaStream_t stream) {
     const auto kernel =
         aligned<T>(p.cols, p.x, p.bias, p.out) ? forward_kernel<T, Form, true> : forward_kernel<T, Form, false>;
-    kernel<<<grid<T>(p.rows, p.cols), block(), 0, stream>>>(
-        static_cast<const T*>(p.x), static_cast<const T*>(p.bias), static_cast<T*>(p.out), p.rows, p.cols,
-        chunk_length(p.rows));
+    launch(kernel, grid<T>(p.rows, p.cols), block(), 0, stream, static_cast<const T*>(p.x),
+           static_cast<const T*>(p.bias), static_cast<T*>(p.out), p.rows, p.cols, chunk_length(p.rows));
 }
 
 template <class T, class Form>
@@ -164,9 +144,9 @@ void backward(const BiasGeluBackward& b, cudaStream_t stream) {
     const BiasGelu& p = b.forward;
     const auto kernel = aligned<T>(p.cols, p.x, p.bias, b.dout, b.dx) ? backward_kernel<T, Form, true>
                                                                       : backward_kernel<T, Form, false>;
-    kernel<<<grid<T>(p.rows, p.cols), block(), 0, stream>>>(
-        static_cast<const T*>(b.dout), static_cast<const T*>(p.x), static_cast<const T*>(p.bias),
-        static_cast<T*>(b.dx), b.workspace, p.rows, p.cols, chunk_length(p.rows));
+    launch(kernel, grid<T>(p.rows, p.cols), block(), 0, stream, static_cast<const T*>(b.dout),
+           static_cast<const T*>(p.x), static_cast<const T*>(p.bias), static_cast<T*>(b.dx), b.workspace, p.rows,
+           p.cols, chunk_length(p.rows));
 }
 
 template <class T>
@@ -184,7 +164,7 @@ void backward_in(const BiasGeluBackward& b, cudaStream_t stream) {
         check_launch("bias_gelu_bwd", p.dtype, {p.rows, p.cols});
     }
     if (b.dbias && p.cols != 0) {
-        add_chunks<T>(b.workspace, b.dbias, p.rows, p.cols, stream);
+        add_chunks<T>(b.workspace, p.rows, p.cols, stream, b.dbias);
         check_launch("bias_gelu_bwd", p.dtype, {p.rows, p.cols});
     }
 }
