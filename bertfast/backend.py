@@ -22,8 +22,9 @@ from bertfast.errors import BackendError
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # of the backends that are for one kind of device only
-# The order of the backends by (op, major compute capability), where a measurement on such a GPU says so.
-PREFERENCES: dict[tuple[str, int], tuple[str, ...]] = {}
+# The order of the backends by (op, major compute capability), where a measurement on such a GPU says so, and by
+# (op, None) for every other GPU.
+PREFERENCES: dict[tuple[str, int | None], tuple[str, ...]] = {("linear", None): ("cuda", "reference")}
 _ENVIRONMENT = "BERTFAST_BACKEND"
 
 
@@ -42,10 +43,11 @@ class Later:
     def __init__(self, module: str, *names: str) -> None:
         self.module, self.names = module, names
 
-    def load(self) -> tuple[Callable, ...]:
-        """The functions themselves."""
+    def load(self) -> Any:
+        """The functions themselves: a tuple of them, or the only one."""
         module = importlib.import_module(self.module)
-        return tuple(getattr(module, name) for name in self.names)
+        functions = tuple(getattr(module, name) for name in self.names)
+        return functions if len(functions) > 1 else functions[0]
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ def _order(op: str, device: torch.device) -> tuple[str, ...]:
     """The backends for this device, in the order in which they are tried."""
     order = BACKENDS
     if device.type == "cuda" and torch.cuda.is_available():
-        order = PREFERENCES.get((op, torch.cuda.get_device_capability(device)[0]), BACKENDS)
+        major, _ = torch.cuda.get_device_capability(device)
+        order = PREFERENCES.get((op, major), PREFERENCES.get((op, None), BACKENDS))
     return tuple(b for b in order if _DEVICES.get(b, device.type) == device.type)
 
 

@@ -3,14 +3,32 @@
 import importlib.util
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# A process either interprets Triton's kernels or compiles them, and is told which before anything imports triton, as
+# torch._dynamo does. Here it interprets them, unless there is a GPU to compile for; TRITON_INTERPRET=0 or 1 overrules.
+if (
+    importlib.util.find_spec("triton") is not None
+    and os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available()))) == "1"
+):
+    import interpreter  # noqa: F401
+
 from compiling import compiles_once  # noqa: F401
-from implementations import implementation, native_implementation  # noqa: F401
+from implementations import (  # noqa: F401
+    cuda_device,
+    cuda_on_the_host,
+    implementation,
+    native_implementation,
+    pytest_generate_tests,
+    triton_device,
+    triton_interpreted,
+)
 from small_models import SETTINGS, draw_weights, make_mask
 from torch import Tensor
 
@@ -21,7 +39,7 @@ SEED = int(os.environ.get("BERTFAST_TEST_SEED") or random.randrange(2**31))
 
 
 def pytest_report_header() -> str:
-    return f"BERTFAST_TEST_SEED={SEED}"
+    return f"BERTFAST_TEST_SEED={SEED}, Triton kernels {'' if 'interpreter' in sys.modules else 'not '}interpreted"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ most twice its largest error (three times in a backward) plus two units in the l
 
 from collections.abc import Callable, Sequence
 
+import cuda_host
 import torch
 from torch import Tensor
 
@@ -66,6 +67,23 @@ def check_gradients(
         assert a.dtype == inputs[0].dtype, name
         summed = rows if name not in ("out", "x", "residual", "qkv") else 1
         check(a, g, b, factor=2.0 if name == "out" else 3.0, rows=summed, name=name)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values at an address that is a multiple of their size and of nothing more."""
+    shifted = torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view_as(tensor)
+    assert shifted.data_ptr() % 16
+    return shifted
+
+
+def check_schedules(run: Callable[[], Sequence[Tensor]]) -> None:
+    """Assert that run() gives the same bits in whatever order the emulated GPU takes threads, warps and blocks."""
+    results = []
+    for seed in range(4):
+        with cuda_host.shuffled(seed):
+            results.append(run())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def check_threads(run: Callable[[], Sequence[Tensor]]) -> None:

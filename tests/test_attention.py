@@ -9,6 +9,7 @@ from torch.library import opcheck
 from bertfast import reference
 from bertfast.ops import varlen_attention
 
+CUDA_ON_THE_HOST = False  # half precision, short sequences, forward: test_cuda_attention.py
 DTYPES = [torch.float32, torch.bfloat16]
 # None, one, and both sides of every block edge, mixed in one batch so that a leak between neighbours shows.
 LENGTHS = [[7], [0, 1, 2, 0], [15, 16, 17, 31], [33, 32, 1, 63, 64, 65], [127, 128, 129, 3], [200, 0, 511], [513, 5]]

@@ -75,12 +75,30 @@ def test_names_what_it_was_built_for():
     assert code and ptx.endswith("+PTX") and max(int(a.rstrip("af")) for a in code) == int(ptx.removesuffix("+PTX"))
 
 
+# How many forms of each kernel there are: dtypes, GELU's two forms or the two rows that are normalised, with dropout or
+# without, aligned or not. The sums of the chunks are in every file that needs them.
+FORMS = {
+    "forward_kernel": 3 * 2 * 2,
+    "backward_kernel": 3 * 2 * 2,
+    "norm_forward_kernel": 3 * 2 * 2 * 2,
+    "norm_backward_kernel": 3 * 2 * 2 * 2,
+    "wide_norm_forward_kernel": 3 * 2 * 2,
+    "wide_norm_backward_kernel": 3 * 2 * 2,
+    "add_runs_kernel": 3 * 2,
+    "join_runs_kernel": 3 * 2,
+    "add_chunks_kernel": 3 * 3,
+}
+
+
+def is_kernel(mangled: str, name: str) -> bool:
+    """Whether a mangled name, in which each part follows its length, is that of the kernel `name`."""
+    return f"{len(name)}{name}" in mangled
+
+
 @built
 def test_every_kernel_is_there_for_every_architecture(kernels):
     names = {name for _, name in kernels}
-    # Two forms, three dtypes, aligned or not, each way; and the sums of the chunks.
-    assert sum("forward_kernel" in name for name in names) == sum("backward_kernel" in name for name in names) == 12
-    assert sum("add_chunks_kernel" in name for name in names) == 3
+    assert {kernel: sum(is_kernel(name, kernel) for name in names) for kernel in FORMS} == FORMS
     assert {architecture.rstrip("a") for architecture, _ in kernels} == machine_code()
     assert len(kernels) == len(names) * len(machine_code())
 
@@ -95,15 +113,26 @@ def test_nothing_is_spilled(kernels):
 
 @built
 def test_aligned_kernels_move_16_bytes_at_a_time(kernels):
-    aligned = {k: i for k, i in kernels.items() if re.search(r"(forward|backward)_kernel.*ELb1EE", k[1])}
-    assert len(aligned) == 12 * len(machine_code())
-    for kernel, instructions in aligned.items():
-        loads = [i for i in instructions if i.startswith("LDG")]
-        stores = [i for i in instructions if i.startswith("STG")]
-        rows = 4 if "forward_kernel" in kernel[1] else 2
-        assert loads == ["LDG.E.128"] * 5, kernel  # the bias, and four rows of x or two of x and dout
-        assert stores.count("STG.E.128") == rows, kernel
-        assert len(stores) - rows == ("backward_kernel" in kernel[1]), kernel  # a sum to the workspace
+    wanted = {name: {k: i for k, i in kernels.items() if is_kernel(k[1], name)} for name in FORMS}
+    for name, rows in (("forward_kernel", 4), ("backward_kernel", 2)):
+        aligned = {k: i for k, i in wanted[name].items() if "ELb1EE" in k[1]}
+        assert len(aligned) == 6 * len(machine_code())
+        for kernel, instructions in aligned.items():
+            loads = [i for i in instructions if i.startswith("LDG")]
+            stores = [i for i in instructions if i.startswith("STG")]
+            assert loads == ["LDG.E.128"] * 5, kernel  # the bias, and four rows of x or two of x and dout
+            assert stores.count("STG.E.128") == rows, kernel
+            assert len(stores) - rows == (name == "backward_kernel"), kernel  # a sum to the workspace
+    # A thread holds 32 bytes of a row of float32, 16 of half precision. All else is a statistic, a sum, an id, a seed.
+    is_aligned = re.compile("kernelI(f|6__half|13__nv_bfloat16)Lb1E")
+    for name, single in (("norm_forward_kernel", 2), ("norm_backward_kernel", 8)):
+        aligned = {k: i for k, i in wanted[name].items() if is_aligned.search(k[1])}
+        assert len(aligned) == 12 * len(machine_code())
+        for kernel, instructions in aligned.items():
+            assert not [i for i in instructions if re.search("U?(8|16)$", i)], kernel
+            assert instructions.count("LDG.E.128") >= 5, kernel
+            assert instructions.count("STG.E.128") >= 1, kernel
+            assert instructions.count("STG.E") <= single, kernel
 
 
 @built

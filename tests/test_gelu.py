@@ -18,54 +18,87 @@ def make_inputs(rows, columns, dtype):
     return [2 * torch.randn(rows, columns, dtype=dtype), torch.randn(columns, dtype=dtype)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("approximate", APPROXIMATIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_parity_in_both_directions(implementation, shape, approximate, dtype):
+def check_parity(shape, approximate, dtype, device="cpu"):
     parity.check_gradients(
         lambda x, bias: bias_gelu(x, bias, approximate=approximate),
         lambda x, bias: reference.bias_gelu(x, bias, approximate),
         lambda x, bias: F.gelu(x + bias, approximate=approximate),
-        make_inputs(*shape, dtype),
+        [t.to(device) for t in make_inputs(*shape, dtype)],
         ("x", "bias"),
         rows=shape[0],
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
-@pytest.mark.parametrize("shape", [*SHAPES, (9000, 768)])  # more rows than the shortest chunks have room for
-def test_parity_on_the_gpu(shape, approximate, dtype):
-    with backend.use("cuda"):
-        parity.check_gradients(
-            lambda x, bias: bias_gelu(x, bias, approximate=approximate),
-            lambda x, bias: reference.bias_gelu(x, bias, approximate),
-            lambda x, bias: F.gelu(x + bias, approximate=approximate),
-            [t.cuda() for t in make_inputs(*shape, dtype)],
-            ("x", "bias"),
-            rows=shape[0],
-        )
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parity_in_both_directions(implementation, shape, approximate, dtype):
+    check_parity(shape, approximate, dtype)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-def test_addresses_that_are_not_aligned_on_the_gpu(dtype):
-    x, bias = (t.cuda() for t in make_inputs(33, 256, dtype))
-    shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x)
-    with backend.use("cuda"):
-        assert shifted.data_ptr() % 16 and torch.equal(bias_gelu(shifted, bias), bias_gelu(x, bias))
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
-def test_extremes_on_the_gpu(approximate):
-    x = torch.tensor([[float("nan"), float("inf"), 1e30, -1e30, 0.0]], device="cuda", requires_grad=True)
-    with backend.use("cuda"):
-        out = bias_gelu(x, approximate=approximate)
-        (dx,) = torch.autograd.grad(out.sum(), x)
+@pytest.mark.parametrize("shape", [*SHAPES, (9000, 24)])  # more rows than the shortest chunks have room for
+def test_parity_of_float16_on_cuda(cuda_device, shape, approximate):
+    check_parity(shape, approximate, torch.float16, cuda_device)
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (130, 96)])
+def test_parity_of_float16_in_triton(triton_device, shape, approximate):
+    check_parity(shape, approximate, torch.float16, triton_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+@pytest.mark.parametrize("shape", [*SHAPES, (9000, 768)])
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+def test_parity_on_the_gpu(kernels, shape, approximate, dtype):
+    with backend.use(kernels):
+        check_parity(shape, approximate, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_addresses_that_are_not_aligned_on_cuda(cuda_device, dtype):
+    inputs = [t.to(cuda_device) for t in make_inputs(33, 256, dtype)]
+    dout = torch.randn_like(inputs[0])
+
+    def run(*tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = bias_gelu(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    shifted = run(*map(parity.misaligned, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(shifted, run(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_extremes_on_cuda(cuda_device, approximate):
+    x = torch.tensor([[float("nan"), float("inf"), 1e30, -1e30, 0.0]], device=cuda_device, requires_grad=True)
+    out = bias_gelu(x, approximate=approximate)
+    (dx,) = torch.autograd.grad(out.sum(), x)
     assert out[0, 0].isnan() and out[0, 1:].tolist() == [float("inf"), x[0, 2].item(), 0, 0]
     assert dx[0, 0].isnan() and dx[0, 1:].tolist() == pytest.approx([1, 1, 0, 0.5])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_addresses_that_are_not_aligned_in_triton(triton_device, dtype):
+    test_addresses_that_are_not_aligned_on_cuda(triton_device, dtype)
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_extremes_in_triton(triton_device, approximate):
+    test_extremes_on_cuda(triton_device, approximate)
+
+
+def test_same_bits_in_any_schedule(cuda_on_the_host):
+    inputs = [t.requires_grad_() for t in make_inputs(70, 200, torch.float32)]
+
+    def run():
+        out = bias_gelu(*inputs)
+        return [out, *torch.autograd.grad(out.sum(), inputs)]
+
+    parity.check_schedules(run)
 
 
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)

@@ -1,10 +1,12 @@
 """varlen_attention: softmax(q k^T / sqrt(D)) v inside each sequence of a packed batch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
-from bertfast import backend, reference
-from bertfast.ops import cpu, registry
+from bertfast import backend, native, reference
+from bertfast.ops import cpu, cuda, registry
 
 
 def varlen_attention(
@@ -59,7 +61,7 @@ _UNKNOWN = -1
 
 def _longest(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
     """max_seqlen, found out where the caller did not know and the device's kernels want to."""
-    if max_seqlen != _UNKNOWN or (qkv.device.type == "cpu" and not backend.interpreting()):
+    if max_seqlen != _UNKNOWN or (qkv.device.type == "cpu" and backend.current() not in ("cuda", "triton")):
         return max_seqlen
     return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
 
@@ -109,6 +111,47 @@ def _cpu_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scale, dro
     return dqkv
 
 
+# Of the CUDA kernel, which has whole sequences in registers: `_shape` names powers of two.
+_LONGEST = 128
+
+
+def _cuda_refusal(dtype, shape):
+    head_size, length = shape
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes attention in bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if head_size not in (32, 64):
+        return f"computes attention for head sizes 32 and 64, not {head_size}"
+    return None if length <= _LONGEST else f"computes attention for sequences of at most {_LONGEST} tokens"
+
+
+@functools.cache
+def _has_warpgroups(device: torch.device) -> bool:
+    """Whether the kernel for wgmma runs there: it is machine code of sm_90a and runs on 9.0 alone."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and "90a" in native.cuda.architectures()
+    )
+
+
+def _cuda_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
+    # The kernel reads 16 bytes at a time.
+    if qkv.stride(3) != 1 or qkv.data_ptr() % 16 or any(s * qkv.element_size() % 16 for s in qkv.stride()[:3]):
+        qkv = qkv.clone(memory_format=torch.contiguous_format)
+    tokens, _, heads, size = qkv.shape
+    out = qkv.new_empty(tokens, heads, size)
+    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device) if save else None
+    cuda.launch(
+        "varlen_attention_fwd",
+        qkv,
+        *(qkv, *qkv.stride()[:3], cu_seqlens.contiguous(), None if order is None else order.contiguous(), out, lse),
+        *(tokens, cu_seqlens.shape[0] - 1, heads, size, max_seqlen, scale),
+        *cuda.dropout(dropout_p, seed),
+        _has_warpgroups(qkv.device),
+    )
+    return out, lse
+
+
 def _reference_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
     _check_borders(cu_seqlens, qkv.shape[0])
     out = reference.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed)
@@ -121,6 +164,7 @@ def _reference_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scal
 
 # Forward and backward are chosen apart: not every backend has both, and all of them agree on what is saved between.
 backend.register("varlen_attention", "cpu", _cpu_forward)
+backend.register("varlen_attention", "cuda", _cuda_forward, _cuda_refusal)
 backend.register("varlen_attention", "reference", _reference_forward)
 backend.register("varlen_attention_backward", "cpu", _cpu_backward)
 backend.register("varlen_attention_backward", "reference", _reference_backward)

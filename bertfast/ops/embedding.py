@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast import backend, reference
-from bertfast.ops import cpu, registry
+from bertfast.ops import cpu, cuda, registry
+from bertfast.ops.norm import refuse_wide_rows
 
 
 def embed_layer_norm(
@@ -33,8 +34,8 @@ def embed_layer_norm(
         dropout_p, seed: as in `residual_layer_norm`.
 
     Returns (tokens, hidden) in the tables' dtype; the sum and the statistics are float32. Raises IndexError that
-    names the first id outside its table (on the CPU; a GPU cannot say without waiting), ValueError / TypeError
-    where shapes, dtypes or devices do not fit. Source: Devlin et al. 2019, figure 2.
+    names the first id outside its table (on the CPU; a GPU cannot say without waiting, and its kernels give such a
+    token NaN), ValueError / TypeError where shapes, dtypes or devices do not fit. Source: Devlin et al. 2019, figure 2.
     """
     hidden = word.shape[1:]
     for name, ids in (("input_ids", input_ids), ("position_ids", position_ids), ("token_type_ids", token_type_ids)):
@@ -59,7 +60,7 @@ def embed_layer_norm(
     ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type, weight, bias)
     if registry.seen(*tables, input_ids):
         return _op(*ids, *tables, eps, -1 if padding_idx is None else padding_idx, dropout_p, seed)[0]
-    forward, _ = backend.implementation("embed_layer_norm", word)
+    forward, _ = backend.implementation("embed_layer_norm", word, word.shape[1])
     return forward(ids, tables, eps, dropout_p, seed, False)[0]
 
 
@@ -93,6 +94,31 @@ def _cpu_backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed):
     return gradients
 
 
+def _cuda_forward(ids, tables, eps, dropout_p, seed, save):
+    tensors = registry.dense(*ids, *tables)
+    (tokens,), hidden = ids[0].shape, tables[0].shape[1]
+    out, mean, rstd = tables[0].new_empty(tokens, hidden), *cuda.statistics(tables[0], tokens, save)
+    arguments = (*tensors, out, mean, rstd, tokens, hidden, *_rows(tables), eps, *cuda.dropout(dropout_p, seed))
+    cuda.launch("embed_layer_norm_fwd", out, *arguments)
+    return out, mean, rstd
+
+
+def _cuda_backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed):
+    dout, *tensors = registry.dense(dout, *ids, *tables)
+    # The tokens of a row of a table stand together in the sorted ids, in an order that does not depend on the GPU.
+    types = torch.zeros_like(ids[0]) if ids[2] is None else ids[2]
+    sorted_ids, order = torch.stack((ids[0], ids[1], types)).sort(dim=1, stable=True)
+    gradients = [*(torch.zeros_like(t) for t in tensors[3:6]), *(torch.empty_like(t) for t in tensors[6:])]
+    cuda.launch(
+        "embed_layer_norm_bwd",
+        dout,
+        *(dout, *tensors[:7], mean, rstd, sorted_ids, order, *gradients),
+        *(torch.empty_like(dout, dtype=torch.float32), cuda.column_sums(dout, 8)),
+        *(*dout.shape, *_rows(tables), *cuda.dropout(dropout_p, seed)),
+    )
+    return gradients
+
+
 def _rows(tables: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(table.shape[0] for table in tables[:3])
 
@@ -110,13 +136,20 @@ def _reference_backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed):
     return reference.embed_layer_norm_backward(dout, *ids, *tables[:4], eps, dropout_p, seed)
 
 
+backend.register("embed_layer_norm", "cuda", (_cuda_forward, _cuda_backward))
+backend.register(
+    "embed_layer_norm",
+    "triton",
+    backend.Later("bertfast.kernels.embedding", "embed_layer_norm_fwd", "embed_layer_norm_bwd"),
+    refuse=refuse_wide_rows,
+)
 backend.register("embed_layer_norm", "cpu", (_cpu_forward, _cpu_backward))
 backend.register("embed_layer_norm", "reference", (_reference_forward, _reference_backward))
 
 
 def _run(*arguments):
     ids, tables, (eps, _, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
-    forward, _ = backend.implementation("embed_layer_norm", tables[0])
+    forward, _ = backend.implementation("embed_layer_norm", tables[0], tables[0].shape[1])
     return forward(ids, tables, eps, dropout_p, seed, True)
 
 
@@ -127,7 +160,7 @@ def _fake(input_ids, position_ids, token_type_ids, word, *rest):
 
 def _run_backward(dout, *arguments):
     ids, tables, (mean, rstd, eps, padding_idx, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
-    _, backward = backend.implementation("embed_layer_norm", tables[0])
+    _, backward = backend.implementation("embed_layer_norm", tables[0], tables[0].shape[1])
     gradients = backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed)
     if padding_idx >= 0:
         gradients[0][padding_idx].zero_()

@@ -1,5 +1,11 @@
-"""linear: activation(x W^T + b), the GEMM, on oneDNN with weights packed once where that is faster."""
+"""linear: activation(x W^T + b), the GEMM: oneDNN's with packed weights on a CPU, cuBLAS's or Triton's on a GPU.
 
+Triton's writes the activated output at once, which saves writing, reading and writing it again. Whether that is worth
+more than what cuBLAS's GEMM is faster by depends on the card and the shape, so it is chosen only where `TRITON_FROM`
+says so, from a measurement: see benchmarks/gpu.
+"""
+
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,13 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast import backend, native, reference
+from bertfast import backend, native
+from bertfast.layout import adjacent
 from bertfast.ops import registry
 from bertfast.ops.gelu import bias_gelu, cpu_gelu_
 
 ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 # The layout that oneDNN packs weights in hardly depends on the number of rows it is told: within 3 % at 16 to 4096.
 _ROWS_HINT = 1024
+# From how many rows on Triton's GEMM with its activation beats cuBLAS's GEMM and bias_gelu, by (major compute
+# capability, activation, out_features, in_features), in half precision. `python -m benchmarks.gpu` prints the lines
+# that its measurements give; a card with any also needs ("triton", "cuda", "reference") for linear in
+# `backend.PREFERENCES`. No entry: never by itself.
+TRITON_FROM: dict[tuple[int, str, int, int], int] = {}
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
 
@@ -137,7 +149,9 @@ def linear(
         # Kept apart here because the activation's backward wants what goes into it.
         bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
         return bias_gelu(_op(x, list(weights), [], "none"), bias, approximate=ACTIVATIONS[activation][1])
-    run = backend.implementation("linear", x)
+    run = backend.implementation("linear", x, _shape(x, weights, activation))
+    if run is not _onednn:  # which checks what its copy was not made of
+        _check(x, weights, biases)
     return run(x, weights, biases, activation, packed)
 
 
@@ -157,59 +171,100 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> No
 def _onednn(x, weights, biases, activation, packed):
     held = packed.get(x, weights, biases) if packed is not None and x.numel() else None
     if held is None:
-        return _separate(x, weights, biases, activation)
+        _check(x, weights, biases)
+        out = _separate(x, weights, biases)
+        return out if activation == "none" else cpu_gelu_(out, ACTIVATIONS[activation][1])
     attribute, algorithm = ACTIVATIONS[activation]
     return _linear_pointwise(x, *held, attribute, [], algorithm)
 
 
-def _separate(x, weights, biases, activation):
-    """Without a packed copy: one GEMM a weight, each into its own columns of the output."""
-    _check(x, weights, biases)
+def _separate(x, weights, biases):
+    """One GEMM a weight, each into its own columns of the output."""
     if len(weights) == 1:
-        out = F.linear(x, weights[0], biases[0] if biases else None)
+        return F.linear(x, weights[0], biases[0] if biases else None)
+    out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+    columns = out.split([w.shape[0] for w in weights], dim=1)
+    for i, (weight, y) in enumerate(zip(weights, columns, strict=True)):
+        if biases:
+            torch.addmm(biases[i], x, weight.t(), out=y)
+        else:
+            torch.mm(x, weight.t(), out=y)
+    return out
+
+
+def _library(x, weights, biases, activation, packed):
+    """The GEMM of PyTorch's library (cuBLAS on a GPU), then the activation in the implementation that is chosen."""
+    weight = adjacent(weights)
+    if weight is None:
+        out = _separate(x, weights, biases)
     else:
-        out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
-        columns = out.split([w.shape[0] for w in weights], dim=1)
-        for i, (weight, y) in enumerate(zip(weights, columns, strict=True)):
-            if biases:
-                torch.addmm(biases[i], x, weight.t(), out=y)
-            else:
-                torch.mm(x, weight.t(), out=y)
-    return out if activation == "none" else cpu_gelu_(out, ACTIVATIONS[activation][1])
+        bias = None if not biases else adjacent(biases)
+        out = F.linear(x, weight, torch.cat(list(biases)) if biases and bias is None else bias)
+    if activation == "none":
+        return out
+    forward, _ = backend.implementation("bias_gelu", out)
+    return forward(out, None, ACTIVATIONS[activation][1])
 
 
-def _reference(x, weights, biases, activation, packed):
-    _check(x, weights, biases)
-    return reference.linear(x, weights, biases, activation)
+def _shape(x: Tensor, weights: Sequence[Tensor], activation: str) -> tuple[int, str, int, int, int] | None:
+    """The class of shapes that a GPU's choice depends on: (major, activation, out, in, rows up to a power of two)."""
+    if x.device.type != "cuda" or x.dim() != 2:
+        return None
+    rows = 1 << max(x.shape[0] - 1, 0).bit_length()
+    return _major(x.device), activation, sum(w.shape[0] for w in weights), x.shape[1], rows
 
 
+@functools.cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _refuse_triton(dtype: torch.dtype, shape: tuple[int, str, int, int, int]) -> str | None:
+    """Why Triton's GEMM is not chosen for this class of shapes; whoever asks for it by name gets it."""
+    if backend.current() == "triton":
+        return None
+    *key, rows = shape
+    least = TRITON_FROM.get(tuple(key))
+    if dtype == torch.float32 or least is None:
+        return "was not measured to beat cuBLAS at these shapes on this kind of GPU"
+    return None if rows >= least else f"beats cuBLAS from {least} rows on at these shapes"
+
+
+backend.register("linear", "cuda", _library)
+backend.register("linear", "triton", backend.Later("bertfast.kernels.linear", "linear_fwd"), _refuse_triton)
 backend.register("linear", "cpu", _onednn)
-backend.register("linear", "reference", _reference)
+backend.register("linear", "reference", _library)
 
 
 def _run(x, weights, biases, activation):
-    return backend.implementation("linear", x)(x, weights, biases, activation, None)
+    run = backend.implementation("linear", x, _shape(x, weights, activation))
+    return run(x, weights, biases, activation, None)
 
 
 def _fake(x, weights, biases, activation):
     return x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
 
 
-def _run_backward(dout, x, weights):
-    doutputs = dout.split([w.shape[0] for w in weights], dim=1)
-    dx = doutputs[0] @ weights[0]
-    for dy, weight in zip(doutputs[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
-    return dx, [dy.t() @ x for dy in doutputs], [dy.sum(0) for dy in doutputs]
+def _run_backward(dout, x, weights, biases):
+    weight = adjacent(weights)
+    if weight is not None:
+        dx = dout @ weight
+    else:
+        first, *others = zip(dout.split([w.shape[0] for w in weights], dim=1), weights, strict=True)
+        dx = first[0] @ first[1]
+        for dy, weight in others:
+            dx.addmm_(dy, weight)
+    return dx, dout.t() @ x, dout.sum(0) if biases else x.new_empty(0)
 
 
-def _fake_backward(dout, x, weights):
-    return x.new_empty(x.shape), [torch.empty_like(w) for w in weights], [w.new_empty(w.shape[0]) for w in weights]
+def _fake_backward(dout, x, weights, biases):
+    columns = sum(w.shape[0] for w in weights)
+    return x.new_empty(x.shape), x.new_empty(columns, x.shape[1]), x.new_empty(columns if biases else 0)
 
 
 def _setup_context(ctx, inputs, output):
     x, weights, biases, ctx.activation = inputs
-    ctx.biases = len(biases)
+    ctx.biases = bool(biases)
     ctx.save_for_backward(x, *weights)
 
 
@@ -217,12 +272,13 @@ def _autograd(ctx, dout):
     if ctx.activation != "none":
         raise RuntimeError("bertfast::linear has a backward without an activation only: apply bias_gelu to its output")
     x, *weights = ctx.saved_tensors
-    dx, dweights, dbiases = _op_backward(dout, x, weights)
-    return dx, dweights, dbiases if ctx.biases else [], None
+    dx, dweight, dbias = _op_backward(dout, x, weights, ctx.biases)
+    rows = [w.shape[0] for w in weights]
+    return dx, list(dweight.split(rows)), list(dbias.split(rows)) if ctx.biases else [], None
 
 
 _op_backward = registry.define(
-    "linear_backward(Tensor dout, Tensor x, Tensor[] weights) -> (Tensor, Tensor[], Tensor[])",
+    "linear_backward(Tensor dout, Tensor x, Tensor[] weights, bool biases) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from bertfast import backend, reference
-from bertfast.ops import cpu, registry
+from bertfast.ops import cpu, cuda, registry
+
+WIDEST_IN_TRITON = 4096
 
 
 def residual_layer_norm(
@@ -41,7 +43,7 @@ def residual_layer_norm(
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, x.device)
     if registry.seen(x, residual, weight, bias, x_bias):
         return _op(x, residual, weight, bias, x_bias, eps, dropout_p, seed)[0]
-    forward, _ = backend.implementation("residual_layer_norm", x)
+    forward, _ = backend.implementation("residual_layer_norm", x, x.shape[1])
     return forward(x, residual, weight, bias, x_bias, eps, dropout_p, seed, False)[0]
 
 
@@ -69,6 +71,31 @@ def _cpu_backward(dout, x, residual, weight, x_bias, mean, rstd, eps, dropout_p,
     return dx, dresidual, dweight, dbias, dx_bias
 
 
+def _cuda_forward(x, residual, weight, bias, x_bias, eps, dropout_p, seed, save):
+    x, residual, weight, bias, x_bias = registry.dense(x, residual, weight, bias, x_bias)
+    out, mean, rstd = torch.empty_like(x), *cuda.statistics(x, x.shape[0], save)
+    tensors = (x, x_bias, residual, weight, bias, out, mean, rstd)
+    cuda.launch("residual_layer_norm_fwd", x, *tensors, *x.shape, eps, *cuda.dropout(dropout_p, seed))
+    return out, mean, rstd
+
+
+def _cuda_backward(dout, x, residual, weight, x_bias, mean, rstd, eps, dropout_p, seed):
+    dout, x, residual, weight, x_bias = registry.dense(dout, x, residual, weight, x_bias)
+    dresidual, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    dx = torch.empty_like(x) if dropout_p > 0.0 else x.new_empty(0)
+    dx_bias = torch.empty_like(weight) if x_bias is not None else x.new_empty(0)
+    cuda.launch(
+        "residual_layer_norm_bwd",
+        x,
+        *(dout, x, x_bias, residual, weight, mean, rstd),
+        *(dx if dropout_p > 0.0 else None, dresidual, dx_bias if x_bias is not None else None, dweight, dbias),
+        cuda.column_sums(x, 3),
+        *x.shape,
+        *cuda.dropout(dropout_p, seed),
+    )
+    return dx, dresidual, dweight, dbias, dx_bias
+
+
 def _reference_forward(x, residual, weight, bias, x_bias, eps, dropout_p, seed, save):
     out = reference.residual_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, seed)
     if not save:
@@ -83,12 +110,26 @@ def _reference_backward(dout, x, residual, weight, x_bias, mean, rstd, eps, drop
     return dx if dropout_p > 0.0 else empty, dresidual, dweight, dbias, empty.clone() if x_bias is None else dx_bias
 
 
+def refuse_wide_rows(dtype: torch.dtype, hidden: int) -> str | None:
+    """Why Triton's kernels cannot have rows of this many columns: they keep whole rows in registers."""
+    if hidden <= WIDEST_IN_TRITON:
+        return None
+    return f"has kernels for rows of up to {WIDEST_IN_TRITON} columns, not {hidden}"
+
+
+backend.register("residual_layer_norm", "cuda", (_cuda_forward, _cuda_backward))
+backend.register(
+    "residual_layer_norm",
+    "triton",
+    backend.Later("bertfast.kernels.norm", "residual_layer_norm_fwd", "residual_layer_norm_bwd"),
+    refuse=refuse_wide_rows,
+)
 backend.register("residual_layer_norm", "cpu", (_cpu_forward, _cpu_backward))
 backend.register("residual_layer_norm", "reference", (_reference_forward, _reference_backward))
 
 
 def _run(x, residual, weight, bias, x_bias, eps, dropout_p, seed):
-    forward, _ = backend.implementation("residual_layer_norm", x)
+    forward, _ = backend.implementation("residual_layer_norm", x, x.shape[1])
     return forward(x, residual, weight, bias, x_bias, eps, dropout_p, seed, True)
 
 
@@ -98,7 +139,7 @@ def _fake(x, residual, weight, bias, x_bias, eps, dropout_p, seed):
 
 
 def _run_backward(dout, x, residual, weight, x_bias, mean, rstd, eps, dropout_p, seed):
-    _, backward = backend.implementation("residual_layer_norm", x)
+    _, backward = backend.implementation("residual_layer_norm", x, x.shape[1])
     return backward(dout, x, residual, weight, x_bias, mean, rstd, eps, dropout_p, seed)
 
 
