@@ -1,0 +1,194 @@
+"""What BERT asks of the Triton kernels: calls of their launchers, with tensors that have no memory.
+
+The shapes are those of MiniLM, BERT-base and BERT-large, and of whatever other model it takes to reach each line of the
+kernels' tables of tiles. What kernels are told of sizes (whether 16 divides them, above all) is the same for all
+batches, so one number of tokens stands for all.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.static.capture import Kernel
+from bertfast.kernels import columns, embedding, gelu, linear, norm
+
+TOKENS, SEQUENCES, VOCABULARY, POSITIONS = 8192, 64, 30522, 512
+EPS, DROPOUT = 1e-12, 0.1
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
+
+
+class Model(NamedTuple):
+    hidden: int
+    intermediate: int
+    heads: int
+
+
+MODELS = {"MiniLM": Model(384, 1536, 12), "base": Model(768, 3072, 12), "large": Model(1024, 4096, 16)}
+BASE = MODELS["base"]
+
+
+class Case(NamedTuple):
+    """A call that launches kernels: "bias_gelu forward base bfloat16"."""
+
+    name: str
+    call: Callable[[], Any]
+    half: bool
+    main: bool = False  # only the first kernel that it launches is of interest, other cases have the others
+
+
+def cases(architecture: int) -> Iterator[Case]:
+    """All of them, for GPUs of this architecture."""
+    for family in (_gelu, _norm, _embedding):
+        yield from family()
+    yield from _linear(architecture)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _case(op: str, about: str, dtype: torch.dtype, function: Callable[..., Any], *arguments: Any) -> Case:
+    name = " ".join(word for word in (op, about, str(dtype).removeprefix("torch.")) if word)
+    return Case(name, partial(function, *arguments), dtype != FLOAT32)
+
+
+def _shapes() -> Iterator[tuple[str, Model, torch.dtype]]:
+    """Every model in bfloat16, and base in the other dtypes."""
+    for name, model in MODELS.items():
+        for dtype in DTYPES if name == "base" else (BFLOAT16,):
+            yield name, model, dtype
+
+
+def _seed() -> Tensor:
+    return _meta(1, dtype=torch.int64)
+
+
+def _gelu() -> Iterator[Case]:
+    def tensors(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _meta(TOKENS, columns, dtype=dtype), _meta(columns, dtype=dtype)
+
+    for name, model, dtype in _shapes():
+        x, bias = tensors(model.intermediate, dtype)
+        yield _case("bias_gelu forward", name, dtype, gelu.bias_gelu_fwd, x, bias, "none")
+        yield _case("bias_gelu backward", name, dtype, gelu.bias_gelu_bwd, x, x, bias, "none")
+    for dtype in (BFLOAT16, FLOAT32):
+        x, bias = tensors(BASE.intermediate, dtype)
+        yield _case("bias_gelu forward", "base tanh", dtype, gelu.bias_gelu_fwd, x, bias, "tanh")
+        yield _case("bias_gelu backward", "base tanh", dtype, gelu.bias_gelu_bwd, x, x, bias, "tanh")
+    x, _ = tensors(BASE.intermediate, BFLOAT16)
+    yield _case("bias_gelu forward", "base without bias", BFLOAT16, gelu.bias_gelu_fwd, x, None, "none")
+    yield _case("bias_gelu backward", "base without bias", BFLOAT16, gelu.bias_gelu_bwd, x, x, None, "none")
+
+
+def _norm() -> Iterator[Case]:
+    def forward(hidden: int, dtype: torch.dtype, p: float, save: bool) -> None:
+        x, vector = _meta(TOKENS, hidden, dtype=dtype), _meta(hidden, dtype=dtype)
+        seed = _seed() if p else None
+        norm.residual_layer_norm_fwd(x, x, vector, vector, vector, EPS, p, seed, save)
+
+    def backward(hidden: int, dtype: torch.dtype, p: float) -> None:
+        x, vector, row = _meta(TOKENS, hidden, dtype=dtype), _meta(hidden, dtype=dtype), _meta(TOKENS, dtype=FLOAT32)
+        norm.residual_layer_norm_bwd(x, x, x, vector, vector, row, row, EPS, p, _seed() if p else None)
+
+    for name, model, dtype in _shapes():
+        yield _case("residual_layer_norm forward", name, dtype, forward, model.hidden, dtype, 0.0, False)
+        yield _case(
+            "residual_layer_norm forward", f"{name} training", dtype, forward, model.hidden, dtype, DROPOUT, True
+        )
+        yield _case("residual_layer_norm backward", f"{name} training", dtype, backward, model.hidden, dtype, DROPOUT)
+    yield _case("residual_layer_norm backward", "base no dropout", BFLOAT16, backward, BASE.hidden, BFLOAT16, 0.0)
+    for hidden in norm.TILES:
+        if hidden not in (512, 1024):  # those are MiniLM's, and the others'
+            for op, call in (("forward", forward), ("backward", backward)):
+                settings = (DROPOUT, True) if call is forward else (DROPOUT,)
+                made = _case(
+                    f"residual_layer_norm {op}", f"hidden {hidden}", BFLOAT16, call, hidden, BFLOAT16, *settings
+                )
+                yield made._replace(main=True)
+
+
+def _embedding() -> Iterator[Case]:
+    def tables(hidden: int, dtype: torch.dtype) -> list[Tensor]:
+        vectors = [_meta(hidden, dtype=dtype) for _ in range(2)]
+        return [*(_meta(rows, hidden, dtype=dtype) for rows in (VOCABULARY, POSITIONS, 2)), *vectors]
+
+    ids = (_meta(TOKENS, dtype=torch.int64),) * 3
+
+    def forward(hidden: int, dtype: torch.dtype, p: float, save: bool) -> None:
+        embedding.embed_layer_norm_fwd(ids, tables(hidden, dtype), EPS, p, _seed() if p else None, save)
+
+    def backward(hidden: int, dtype: torch.dtype, p: float) -> None:
+        dout, row = _meta(TOKENS, hidden, dtype=dtype), _meta(TOKENS, dtype=FLOAT32)
+        embedding.embed_layer_norm_bwd(dout, ids, tables(hidden, dtype), row, row, EPS, p, _seed() if p else None)
+
+    for name, model, dtype in _shapes():
+        yield _case("embed_layer_norm forward", name, dtype, forward, model.hidden, dtype, 0.0, False)
+        if dtype != FLOAT16:
+            about = f"{name} training"
+            yield _case("embed_layer_norm forward", about, dtype, forward, model.hidden, dtype, DROPOUT, True)
+            yield _case("embed_layer_norm backward", about, dtype, backward, model.hidden, dtype, DROPOUT)
+    for hidden in norm.TILES:
+        if hidden not in (512, 1024):
+            for op, call in (("forward", forward), ("backward", backward)):
+                settings = (0.0, False) if call is forward else (0.0,)
+                made = _case(f"embed_layer_norm {op}", f"hidden {hidden}", BFLOAT16, call, hidden, BFLOAT16, *settings)
+                yield made._replace(main=True)
+
+
+def _linear(architecture: int) -> Iterator[Case]:
+    def gemm(dtype: torch.dtype, activation: str, tile: linear.Tile | None, tf32: bool = False) -> None:
+        x, w = _meta(TOKENS, BASE.hidden, dtype=dtype), _meta(BASE.intermediate, BASE.hidden, dtype=dtype)
+        bias, out = _meta(BASE.intermediate, dtype=dtype), _meta(TOKENS, BASE.intermediate, dtype=dtype)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            linear._gemm(x, w, bias, out, activation, tile)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    largest, *others = linear.TILES[architecture]
+    for activation in ("none", "gelu", "gelu_tanh"):
+        yield _case("linear", f"{_named(largest)} {activation}", BFLOAT16, gemm, BFLOAT16, activation, largest)
+    for tile in others:
+        yield _case("linear", f"{_named(tile)} gelu", BFLOAT16, gemm, BFLOAT16, "gelu", tile)
+    yield _case("linear", f"{_named(largest)} gelu", FLOAT16, gemm, FLOAT16, "gelu", largest)
+    yield _case("linear", "gelu", FLOAT32, gemm, FLOAT32, "gelu", None)
+    yield _case("linear", "gelu tf32", FLOAT32, gemm, FLOAT32, "gelu", None, True)
+
+
+def _named(tile: linear.Tile) -> str:
+    return f"{tile.rows}x{tile.columns}x{tile.depth}"
+
+
+class Entry(NamedTuple):
+    """A line of a table of tiles: the kernel that is launched with it, and by what the launch shows it."""
+
+    kernel: str
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def is_of(self, kernel: Kernel) -> bool:
+        return (
+            kernel.name == self.kernel
+            and all(kernel.constants.get(name) == value for name, value in self.constants.items())
+            and all(getattr(kernel.options, name) == value for name, value in self.options.items())
+        )
+
+
+def entries(architecture: int) -> Iterator[Entry]:
+    """Every line of every table that is for GPUs of this architecture."""
+    for tile in norm.TILES.values():
+        for op in ("residual_layer_norm", "embed_layer_norm"):
+            for direction in ("fwd", "bwd"):
+                constants = {"BLOCK_ROWS": tile.rows, "BLOCK": tile.columns}
+                yield Entry(f"_{op}_{direction}_kernel", constants, {"num_warps": tile.warps})
+    for tile in (*linear.TILES[architecture], linear.SMALL):
+        constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+        yield Entry("_linear_fwd_kernel", constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+    yield Entry("_bias_gelu_fwd_kernel", {"BLOCK_COLUMNS": gelu.BLOCK_COLUMNS}, {"num_warps": gelu.WARPS})
+    yield Entry("_bias_gelu_bwd_kernel", {"BLOCK_COLUMNS": gelu.BLOCK_COLUMNS}, {"num_warps": gelu.WARPS})
+    yield Entry(columns._add_chunks_kernel.__name__, {}, {})
