@@ -201,3 +201,9 @@ def test_refusals(dtype, size, length, words):
             {torch.float32: 0, torch.float16: 2}[dtype], *[0] * 8, 1, 1, 1, size, length, 1.0, 0, 0, False, 0
         )
     assert backend.refusal("cuda", "varlen_attention", torch.device("cpu"), torch.bfloat16, (64, 128)) is None
+
+
+def test_the_launcher_refuses_rows_that_it_would_read_past():
+    for address, stride in ((8, 0), (16, 4)):
+        with pytest.raises(ValueError, match="multiples of 16 bytes"):
+            native.cuda.varlen_attention_fwd(2, address, stride, *[0] * 6, 1, 1, 1, 64, 1, 1.0, 0, 0, False, 0)

@@ -168,7 +168,7 @@ def tiles(context: Context, tokens: int, columns: int, depth: int) -> dict[str, 
     outputs = [x.new_empty(tokens, columns) for x, _, _ in inputs]
 
     def run(tile: Any, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-        kernels.gemm(x, weight, bias, out, "gelu", tile)
+        kernels._gemm(x, weight, bias, out, "gelu", tile)
         return out
 
     candidates = {

@@ -16,7 +16,7 @@ from benchmarks.static.capture import Kernel, kernels
 
 
 def triton_rows(architectures: list[int]) -> tuple[list[Row], list[str]]:
-    """Every case on each of these GPUs, and the lines of the kernels' tables that no case reaches."""
+    """Every case on each of these GPUs, and what of the kernels no case reaches."""
     launched: list[tuple[Key, bool, Kernel]] = []
     unreached = []
     for architecture in architectures:
@@ -27,16 +27,15 @@ def triton_rows(architectures: list[int]) -> tuple[list[Row], list[str]]:
         ]
         for case, k in here:
             launched.append((Key("triton", k.name, case.name, architecture), case.half, k))
-        for entry in cases.entries(architecture):
-            if not any(entry.is_of(k) for _, k in here):
-                unreached.append(f"sm_{architecture}: no case of cases.py launches {entry}")
+        unreached += [f"sm_{architecture}: {what}" for what in cases.unreached(architecture, [k for _, k in here])]
     made = compilation.compiled([k for *_, k in launched])
     return [Row(key, m, half) for (key, half, _), m in zip(launched, made, strict=True)], unreached
 
 
 def table(rows: list[Row]) -> str:
     """One line for each kernel in each case."""
-    head = "sm kernel case regs stack shared occupancy instructions loop loads stores matrix bulk special".split()
+    head = ["sm", "kernel", "case", "registers", "stack", "shared", "occupancy"]
+    head += ["instructions", "loop", "loads", "stores", "matrix", "bulk", "special"]
     lines = [head]
     for key, m, _ in rows:
         line = [str(key.architecture), key.kernel, key.case]

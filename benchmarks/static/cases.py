@@ -5,15 +5,20 @@ kernels' tables of tiles. What kernels are told of sizes (whether 16 divides the
 batches, so one number of tokens stands for all.
 """
 
-from collections.abc import Callable, Iterator
+import importlib
+import pkgutil
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from benchmarks.static.capture import Kernel
-from bertfast.kernels import columns, embedding, gelu, linear, norm
+from bertfast import kernels
+from bertfast.kernels import attention, embedding, gelu, linear, norm
 
 TOKENS, SEQUENCES, VOCABULARY, POSITIONS = 8192, 64, 30522, 512
 EPS, DROPOUT = 1e-12, 0.1
@@ -42,7 +47,7 @@ class Case(NamedTuple):
 
 def cases(architecture: int) -> Iterator[Case]:
     """All of them, for GPUs of this architecture."""
-    for family in (_gelu, _norm, _embedding):
+    for family in (_gelu, _norm, _embedding, _attention):
         yield from family()
     yield from _linear(architecture)
 
@@ -139,6 +144,43 @@ def _embedding() -> Iterator[Case]:
                 yield made._replace(main=True)
 
 
+def _attention() -> Iterator[Case]:
+    def tensors(heads: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = _meta(TOKENS, 3, heads, size, dtype=dtype)
+        return qkv, _meta(SEQUENCES + 1, dtype=torch.int32), _meta(SEQUENCES, dtype=torch.int32)
+
+    def forward(heads: int, size: int, dtype: torch.dtype, longest: int, p: float, save: bool) -> None:
+        qkv, borders, order = tensors(heads, size, dtype)
+        attention.varlen_attention_fwd(qkv, borders, longest, order, size**-0.5, p, _seed() if p else None, save)
+
+    def backward(heads: int, size: int, dtype: torch.dtype, longest: int, p: float) -> None:
+        qkv, borders, order = tensors(heads, size, dtype)
+        out, lse = _meta(TOKENS, heads, size, dtype=dtype), _meta(heads, TOKENS, dtype=FLOAT32)
+        seed = _seed() if p else None
+        attention.varlen_attention_bwd(out, qkv, borders, longest, order, out, lse, size**-0.5, p, seed)
+
+    def all_three(heads: int, size: int, dtype: torch.dtype, longest: int) -> Iterator[Case]:
+        about, shape = f"head size {size} length {longest}", (heads, size, dtype, longest)
+        yield _case("varlen_attention forward", about, dtype, forward, *shape, 0.0, False)
+        yield _case("varlen_attention forward", f"{about} training", dtype, forward, *shape, DROPOUT, True)
+        yield _case("varlen_attention backward", f"{about} training", dtype, backward, *shape, DROPOUT)
+
+    def few_sequences() -> None:
+        qkv, borders, order = tensors(BASE.heads, 64, BFLOAT16)
+        attention.varlen_attention_fwd(qkv[:512], borders[:5], 128, order[:4], 0.125, 0.0, None, False)
+
+    for longest in (16, 32, 64, 128, 512):
+        yield from all_three(BASE.heads, 64, BFLOAT16, longest)
+    for longest in (128, 512):
+        yield from all_three(12, 32, BFLOAT16, longest)  # MiniLM's
+        yield from all_three(BASE.heads, 64, FLOAT32, longest)
+        shape = (BASE.heads, 64, FLOAT16, longest)
+        about = f"head size 64 length {longest}"
+        yield _case("varlen_attention forward", about, FLOAT16, forward, *shape, 0.0, False)
+    yield from all_three(6, 128, BFLOAT16, 512)
+    yield _case("varlen_attention forward", "few sequences", BFLOAT16, few_sequences)
+
+
 def _linear(architecture: int) -> Iterator[Case]:
     def gemm(dtype: torch.dtype, activation: str, tile: linear.Tile | None, tf32: bool = False) -> None:
         x, w = _meta(TOKENS, BASE.hidden, dtype=dtype), _meta(BASE.intermediate, BASE.hidden, dtype=dtype)
@@ -189,6 +231,27 @@ def entries(architecture: int) -> Iterator[Entry]:
     for tile in (*linear.TILES[architecture], linear.SMALL):
         constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
         yield Entry("_linear_fwd_kernel", constants, {"num_warps": tile.warps, "num_stages": tile.stages})
-    yield Entry("_bias_gelu_fwd_kernel", {"BLOCK_COLUMNS": gelu.BLOCK_COLUMNS}, {"num_warps": gelu.WARPS})
-    yield Entry("_bias_gelu_bwd_kernel", {"BLOCK_COLUMNS": gelu.BLOCK_COLUMNS}, {"num_warps": gelu.WARPS})
-    yield Entry(columns._add_chunks_kernel.__name__, {}, {})
+
+
+def unreached(architecture: int, launched: Collection[Kernel]) -> list[str]:
+    """What of bertfast/kernels was not launched: lines of tables, whole kernels; and tables that `entries` lacks."""
+    names = {k.name for k in launched}
+    found = [f"no case launches {e}" for e in entries(architecture) if not any(e.is_of(k) for k in launched)]
+    for module in _modules():
+        for name, value in vars(module).items():
+            if name.endswith("_kernel") and isinstance(value, JITFunction) and name not in names:
+                found.append(f"no case launches {module.__name__}.{name}")
+            if _is_table(value) and not any(value is known for known in (norm.TILES, linear.TILES)):
+                found.append(f"cases.entries does not know {module.__name__}.{name}")
+    return sorted(set(found))
+
+
+def _modules() -> Iterator[ModuleType]:
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        yield importlib.import_module(module.name)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is a dictionary of named tuples, or of tuples of them."""
+    lines = list(value.values()) if isinstance(value, dict) and value else [None]
+    return all(hasattr(line, "_fields") or (type(line) is tuple and hasattr(line[0], "_fields")) for line in lines)

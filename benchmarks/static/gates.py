@@ -28,7 +28,7 @@ RULES: list[tuple[str, Rule]] = [
     (r"_residual_layer_norm_fwd_kernel", Rule(loads=0.8, stores=0.6, occupancy=0.25)),
     (r"_residual_layer_norm_bwd_kernel", Rule(loads=0.75, stores=1.0, occupancy=0.12)),
     (r"_embed_layer_norm_fwd_kernel", Rule(loads=0.55, stores=0.6, occupancy=0.25)),
-    (r"_embed_layer_norm_bwd_kernel", Rule(loads=0.6, stores=1.0, occupancy=0.25)),
+    (r"_embed_layer_norm_bwd_kernel", Rule(loads=0.6, stores=1.0, occupancy=0.18)),
     (r"_add_runs_kernel", Rule(loads=0.45, stores=0.75, occupancy=0.18)),
     (r"_join_runs_kernel", Rule(loads=0.5, occupancy=0.5)),
     (r"_linear_fwd_kernel", Rule(matrix=True, bulk=True, occupancy=0.12)),

@@ -14,10 +14,14 @@ Queries are the rows of every tile of scores, because then a thread draws dropou
 `dropout.kept_keys`. The probabilities reach the products that sum over queries by way of shared memory.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from bertfast.kernels import dropout
+from bertfast.kernels import dropout, hardware
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -145,15 +149,16 @@ def _short_attention_fwd_kernel(
 
 
 @triton.jit
-def _gradients(
+def recompute(
     q,
     k,
     v,
     do,
-    same,
-    lse,
-    delta,
-    key,
+    lse,  # in exponents of 2
+    delta,  # rowsum(P dP)
+    seen,  # which keys are, or None where all are
+    bias,  # added to the scores, in exponents of 2; or None
+    seed,
     token,
     head,
     sequence,
@@ -162,21 +167,21 @@ def _gradients(
     scale_log2,
     threshold,
     multiplier,
-    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS (but for the scale), and dK (the same) and dV of the keys. lse in powers of 2; delta = rowsum(P dP)."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.where(same, tl.exp2(s * scale_log2 - lse[:, None]), 0.0)
+    """What the products of the backward are made of: the probabilities with dropout, and dS / scale; rounded."""
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    if bias is not None:
+        x += bias
+    p = tl.exp2(x - lse[:, None])
+    if seen is not None:
+        p = tl.where(seen, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     dropped = p
-    if key is not None:
-        kept = dropout.kept_keys(key, threshold, token, head, sequence, first_key, shift, KEYS)
-
+    if seed is not None:
+        kept = dropout.kept_keys(tl.load(seed), threshold, token, head, sequence, first_key, shift, k.shape[0])
         dropped, dp = tl.where(kept, p, 0.0) * multiplier, tl.where(kept, dp, 0.0) * multiplier
-    dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, input_precision=PRECISION)
-    ds = (p * (dp - delta[:, None])).to(q.dtype)
-    return ds, tl.dot(tl.trans(ds), q, input_precision=PRECISION), dv
+    return dropped.to(do.dtype), (p * (dp - delta[:, None])).to(q.dtype)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "groups", "threshold"])
@@ -211,9 +216,6 @@ def _short_attention_bwd_kernel(
     start = first.to(tl.int64)
     rows, step = qkv + start * token_stride, heads * SIZE
     douts, outs, gradients = dout + start * step, out + start * step, dqkv + start * (3 * step)
-    key = None
-    if seed is not None:
-        key = tl.load(seed)
     if length <= 64:
         shift, row_head, token, exists = _places(head, heads, length, LONGEST)
         if (length > 0) & ((head << shift) % 64 == 0):
@@ -230,10 +232,12 @@ def _short_attention_bwd_kernel(
             from_lse = lse + row_head.to(tl.int64) * tokens + (start + token)
             sums = tl.load(from_lse, mask=exists, other=0.0) * LOG2_E
             same = row_head[:, None] == tl.where(exists, row_head, -1)[None, :]
-            ds, dk, dv = _gradients(
-                q, k, v, do, same, sums, delta, key, token, row_head, sequence, 0, shift, scale_log2, threshold,
-                multiplier, 64, PRECISION,
+            p, ds = recompute(
+                q, k, v, do, sums, delta, same, None, seed, token, row_head, sequence, 0, shift, scale_log2, threshold,
+                multiplier, PRECISION,
             )
+            dv = tl.dot(tl.trans(p), do, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             dq = tl.dot(ds, k, input_precision=PRECISION)
             at = (token * 3 * heads + row_head) * SIZE
             store_rows(gradients, at, exists, dq * scale, SIZE, BLOCK_SIZE)
@@ -257,12 +261,69 @@ def _short_attention_bwd_kernel(
             seen = column < length
             k = load_rows(rows + part_stride, column * token_stride, seen, SIZE, BLOCK_SIZE)
             v = load_rows(rows + 2 * part_stride, column * token_stride, seen, SIZE, BLOCK_SIZE)
-            ds, dk, dv = _gradients(
-                q, k, v, do, seen[None, :], sums, delta, key, query, query * 0 + head, sequence, first_key, 6,
-                scale_log2, threshold, multiplier, 64, PRECISION,
+            p, ds = recompute(
+                q, k, v, do, sums, delta, seen[None, :], None, seed, query, query * 0 + head, sequence, first_key, 6,
+                scale_log2, threshold, multiplier, PRECISION,
             )
+            dv = tl.dot(tl.trans(p), do, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
             to = (column * 3 * heads + head) * SIZE
             store_rows(gradients + step, to, seen, dk * tl.abs(scale), SIZE, BLOCK_SIZE)
             store_rows(gradients + 2 * step, to, seen, dv, SIZE, BLOCK_SIZE)
         store_rows(gradients, (query * 3 * heads + head) * SIZE, inside, dq * scale, SIZE, BLOCK_SIZE)
+
+
+class Short(NamedTuple):
+    """How the kernels are compiled for sequences of 65 to 128 tokens."""
+
+    warps: int
+    registers: int | None = None  # that a thread may have, so that more programs fit on a multiprocessor
+
+
+def fits(qkv: Tensor, max_seqlen: int, precision: str) -> bool:
+    """Whether these kernels are for sequences of at most this length."""
+    return max_seqlen <= 128 and (qkv.dtype != torch.float32 or precision == "tf32")
+
+
+def _settings(qkv, max_seqlen, scale, dropout_p, seed, precision):
+    """The arguments that both kernels are given by name."""
+    heads, size = qkv.shape[2:]
+    longest = max(16, triton.next_power_of_2(max_seqlen))
+    threshold, multiplier = dropout.settings(dropout_p, seed)
+    return {
+        "tokens": qkv.shape[0],
+        "heads": heads,
+        "groups": triton.cdiv(heads, 64 // min(longest, 64)),
+        "token_stride": qkv.stride(0),
+        "part_stride": qkv.stride(1),
+        "head_stride": qkv.stride(2),
+        "scale_log2": abs(scale) * LOG2_E.value,
+        "threshold": threshold,
+        "multiplier": multiplier,
+        "SIZE": size,
+        "BLOCK_SIZE": max(16, triton.next_power_of_2(size)),
+        "LONGEST": longest,
+        "NEGATIVE": scale < 0,
+        "PRECISION": precision,
+    }
+
+
+def forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, precision, out, lse):
+    """Fills out and, where it is one, lse."""
+    settings = _settings(qkv, max_seqlen, scale, dropout_p, seed, precision)
+    programs = (cu_seqlens.shape[0] - 1) * settings["groups"]
+    parts = 2 if settings["LONGEST"] == 128 and programs < 2 * hardware.multiprocessors(qkv.device) else 1
+    _short_attention_fwd_kernel[(programs * parts,)](
+        qkv, cu_seqlens, order, seed, out, lse, **settings, PARTS=parts, num_warps=4
+    )
+
+
+def backward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, precision, dout, out, lse, dqkv):
+    """Fills dqkv."""
+    settings = _settings(qkv, max_seqlen, scale, dropout_p, seed, precision)
+    programs = (cu_seqlens.shape[0] - 1) * settings["groups"]
+    warps = 8 if settings["LONGEST"] == 128 else 4
+    _short_attention_bwd_kernel[(programs,)](
+        dout, qkv, cu_seqlens, order, seed, out, lse, dqkv, scale=scale, **settings, num_warps=warps
+    )

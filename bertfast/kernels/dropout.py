@@ -4,13 +4,14 @@ One call of Philox gives four words of 32 bits, which serve eight columns of 16 
 that it draws: they come out of `tl.join` in its own registers, in the layout that 16-byte accesses have.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from bertfast import reference
 
 
-def settings(p: float, seed) -> tuple[int, float]:
+def settings(p: float, seed: torch.Tensor | None) -> tuple[int, float]:
     """What a kernel is told of the probability: 16 bits below the first drop an element, the second scales the rest."""
     threshold = 0 if seed is None else reference.dropout_threshold(p)
     return threshold, 65536 / (65536 - threshold)
@@ -57,7 +58,8 @@ def row_multiplier(seed, threshold, scale, row, BLOCK: tl.constexpr, VECTOR: tl.
 
 @triton.jit
 def kept_keys(seed, threshold, query, head, sequence, first, shift, KEYS: tl.constexpr):
-    """Which of the keys first .. first + KEYS are kept of each query's, (queries, KEYS) bool. 64 divides first and KEYS.
+    """Which of the keys first .. first + KEYS are kept of each query's, (queries, KEYS) bool. KEYS divides
+    64, or 64 divides it; it divides first.
 
     query, head: (queries,) int32. shift: of 64 keys the first 2^shift repeat, as those of heads that
     stand side by side do.
@@ -68,7 +70,7 @@ def kept_keys(seed, threshold, query, head, sequence, first, shift, KEYS: tl.con
     of counters are broadcast where a round mixes them, so that the first two rounds cost next to nothing.
     """
     key = tl.arange(0, KEYS)
-    group = first // 8 + (key >> 6) * 8 + (key & 7)
+    group = (first >> 6) * 8 + (key >> 6) * 8 + (key & 7)
     w0, w1, w2, w3 = philox(
         seed,
         group[None, :].to(tl.uint32),
@@ -79,7 +81,7 @@ def kept_keys(seed, threshold, query, head, sequence, first, shift, KEYS: tl.con
     if KEYS == 64:
         w1 = tl.where(shift == 4, w0, w1)
         w2, w3 = tl.where(shift == 6, w2, w0), tl.where(shift == 6, w3, w1)
-    lane = (key >> 3)[None, :] & 7
+    lane = ((key if KEYS >= 64 else first + key) >> 3)[None, :] & 7
     word = tl.where((lane & 4) != 0, tl.where((lane & 2) != 0, w3, w2), tl.where((lane & 2) != 0, w1, w0))
     # What stands below an upper half is too little to matter against a threshold with zeros there.
     drawn = tl.where((lane & 1) != 0, word, word << 16)

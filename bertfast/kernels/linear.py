@@ -155,14 +155,14 @@ def linear_fwd(x, weights, biases, activation, packed=None):
     out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     weight, bias = adjacent(weights), adjacent(biases) if biases else None
     if weight is not None and (bias is not None or not biases):
-        gemm(x, weight, bias, out, activation)
+        _gemm(x, weight, bias, out, activation)
         return out
     for i, columns in enumerate(out.split([w.shape[0] for w in weights], dim=1)):
-        gemm(x, weights[i], biases[i] if biases else None, columns, activation)
+        _gemm(x, weights[i], biases[i] if biases else None, columns, activation)
     return out
 
 
-def gemm(x, weight, bias, out, activation, tile=None):
+def _gemm(x, weight, bias, out, activation, tile=None):
     """Fills out, (rows, columns) with dense rows. tile: another than the one that is chosen, to compare them."""
     if out.numel() == 0:
         return

@@ -81,8 +81,8 @@ struct Runs {
     Table<T> word, position, type;
     const int64_t *sorted, *order;  // [3, tokens]
     const float* dx;                // [tokens, cols]
-    // [3, chunks, cols] each: the sums of runs of which a chunk has the end or the middle, and not the beginning; and of
-    // those of which it has the beginning and not the end.
+    // [3, chunks, cols] each: the sums of runs of which a chunk has the end or the middle and not the beginning; and
+    // of those of which it has the beginning and not the end.
     float *ends, *beginnings;
     int64_t tokens, chunk;
     int cols;
