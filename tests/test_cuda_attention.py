@@ -131,6 +131,13 @@ def test_a_sequence_is_alone_in_any_batch_and_any_schedule():
             assert torch.equal(run(qkv, lengths, order=turns)[0], torch.cat(alone))
 
 
+def test_the_order_is_the_one_that_was_asked_for():
+    # No order changes the result, but one that is none shows that it is followed.
+    qkv = make_qkv([20, 70], 2, 64, torch.float16)
+    out, _ = run(qkv, [20, 70], order=torch.tensor([1, 1], dtype=torch.int32))
+    assert out[:20].isnan().all() and torch.equal(out[20:], run(qkv, [20, 70])[0][20:])
+
+
 def test_batches_that_fill_the_gpu():
     # 128 blocks or more: each then has all queries of its heads, which small batches give to two blocks.
     lengths = [100, 70, 40, 20, *[1] * 124]
@@ -171,9 +178,10 @@ def test_no_tokens_and_no_log_sum_exp():
     assert lse is None and torch.equal(out, run(qkv, [80])[0])
 
 
-def test_a_sequence_longer_than_promised_is_nan():
+def test_a_sequence_longer_than_promised_is_nan(monkeypatch):
     lengths = [3, 20, 16]
     qkv = make_qkv(lengths, 5, 32, torch.float16)
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # not NaN from the beginning
     out, _ = run(qkv, lengths, max_seqlen=16)
     assert out[3:23].isnan().all()
     assert torch.equal(out[:3], run(qkv[:3], [3])[0]) and torch.equal(out[23:], run(qkv[23:], [16])[0])

@@ -192,7 +192,7 @@ def pretend(monkeypatch, capability=(9, 0), devices=1, driver=13000):
         architectures=lambda: SHIPPED,
     )
     monkeypatch.setattr(native, "cuda", module)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +208,14 @@ def pretend(monkeypatch, capability=(9, 0), devices=1, driver=13000):
 )
 def test_refusals(monkeypatch, machine, device, dtype, words):
     pretend(monkeypatch, **machine)
-    reason = backend.refusal("cuda", "bias_gelu", device, dtype)
+    reason = backend.refusal("cuda", "bias_gelu", torch.device(device), dtype)
     assert reason is None if words is None else re.search(words, reason)
 
 
 def test_refused_where_it_was_not_built(monkeypatch):
     monkeypatch.setattr(native, "cuda", None)
     monkeypatch.setattr(native, "cuda_reason", "bertfast._cuda was not built: no nvcc")
-    assert backend.refusal("cuda", "bias_gelu", "cuda", torch.float32) == native.cuda_reason
+    assert backend.refusal("cuda", "bias_gelu", torch.device("cuda"), torch.float32) == native.cuda_reason
 
 
 def test_asking_for_it_on_cpu_tensors_raises():

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 from benchmarks.static import baseline, cuda, gates, machine, sass
 from benchmarks.static.architectures import occupancy, resident_blocks
-from benchmarks.static.baseline import Baseline, Key, Row
+from benchmarks.static.baseline import Key, Row
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -56,14 +56,15 @@ def test_what_does_not(said, name, words):
     assert any(words in reason for reason in said[name]), said[name]
 
 
-def row(kernel="_bias_gelu_fwd_kernel", case="base", architecture=90, source="triton", **counts):
+def row(kernel="_bias_gelu_fwd_kernel", case="base", architecture=90, compiler="triton 1", **counts):
     counts = {"instructions": 100, "loop": 0, **counts}
     code = sass.Code(**dict.fromkeys(sass.Code._fields, 0) | {w: {} for w in ("loads", "stores", "copies", "matrix")})
-    return Row(Key(source, kernel, case, architecture), machine.Machine(code=code._replace(**counts)), half=True)
+    made = machine.Machine(code=code._replace(**counts))
+    return Row(Key(compiler, kernel, case, architecture), made, half=True)
 
 
 def lines(*rows):
-    return Baseline({"triton": "triton 1"}, {r.key: r.machine.as_json() for r in rows})
+    return {r.key: r.machine.as_json() for r in rows}
 
 
 @pytest.mark.parametrize(
@@ -75,39 +76,35 @@ def lines(*rows):
         (row(loop=22), row(loop=20), ["22 instructions in its loop, 20 in the baseline"]),
         (row(instructions=200, loop=20), row(), ["200 instructions, 100 in the baseline"]),
         (row(case="large"), row(), ["not in the baseline"]),
-        (row(), row(case="large"), ["not in the baseline"]),
+        (row(instructions=900, compiler="triton 2"), row(), []),  # which makes other code
     ],
 )
 def test_the_baseline(now, before, reasons):
-    found = baseline.regressions([now], {"triton": "triton 1"}, lines(before))
-    assert found.get(now.key, []) == reasons
+    assert baseline.regressions([now], lines(before)).get(now.key, []) == reasons
 
 
 def test_lines_of_the_baseline_that_are_no_longer_made():
     gone, elsewhere = row(case="gone"), row(case="gone", architecture=80)
-    found = baseline.regressions([row()], {"triton": "triton 1"}, lines(row(), gone, elsewhere))
+    found = baseline.regressions([row()], lines(row(), gone, elsewhere))
     assert found == {gone.key: ["in the baseline, but no longer made"]}
-
-
-def test_another_compiler_is_not_compared():
-    assert baseline.regressions([row(instructions=900)], {"triton": "triton 2"}, lines(row())) == {}
 
 
 def test_the_baseline_is_written_and_read(tmp_path):
     path = tmp_path / "baseline.jsonl"
     first, second = row(), row(architecture=80, instructions=7, loads={128: 4, 32: 1})
-    baseline.write([first], {"triton": "triton 1"}, path)
-    baseline.write([second], {"cuda": "nvcc 1"}, path)
+    third = row(compiler="nvcc 1")
+    for written in ([first], [second], [third]):
+        baseline.write(written, path)
     found = baseline.read(path)
-    assert found.versions == {"triton": "triton 1", "cuda": "nvcc 1"} and set(found.lines) == {first.key, second.key}
-    assert found.lines[second.key]["loads"] == {"128": 4, "32": 1} and found.lines[second.key]["instructions"] == 7
-    baseline.write([row(instructions=8)], {"triton": "triton 1"}, path)  # of one GPU: the other's lines stay
-    found = baseline.read(path)
-    assert found.lines[first.key]["instructions"] == 8 and second.key in found.lines
+    assert set(found) == {first.key, second.key, third.key}
+    assert found[second.key]["loads"] == {"128": 4, "32": 1} and found[second.key]["instructions"] == 7
+    newer = row(instructions=8, compiler="triton 2")
+    baseline.write([newer], path)  # of one GPU: the lines of the others, and of the other compiler, stay
+    assert set(baseline.read(path)) == {newer.key, second.key, third.key}
 
 
 def test_every_line_of_the_baseline_has_a_rule():
-    for key in baseline.read().lines:
+    for key in baseline.read():
         gates.rule(key.kernel)
     with pytest.raises(LookupError, match="_new_kernel has no rule"):
         gates.rule("_new_kernel")

@@ -92,7 +92,9 @@ def run_phase(name: str, context: Context, seconds: float, stall: float | None) 
             return
         status = "hung" if ended == "hung" else "crashed"
         if at is None and ended != f"exit code {worker.BROKEN}":
-            results.append(phase=name, status=status, error=f"{ended}, at no item: see log.txt")
+            lines = (context.output / "log.txt").read_text(errors="replace").split("\n")
+            said = next((line for line in reversed(lines) if line.strip()), "")
+            results.append(phase=name, status=status, error=f"{ended}, at no item: {said[:300]}")
             return
         if at is not None:
             results.append(phase=name, key=at, status=status, error=ended)

@@ -26,7 +26,7 @@ def triton_rows(architectures: list[int]) -> tuple[list[Row], list[str]]:
             for k in kernels(case.call, architecture)[: 1 if case.main else None]
         ]
         for case, k in here:
-            launched.append((Key("triton", k.name, case.name, architecture), case.half, k))
+            launched.append((Key(compilation.version(), k.name, case.name, architecture), case.half, k))
         unreached += [f"sm_{architecture}: {what}" for what in cases.unreached(architecture, [k for _, k in here])]
     made = compilation.compiled([k for *_, k in launched])
     return [Row(key, m, half) for (key, half, _), m in zip(launched, made, strict=True)], unreached
@@ -65,29 +65,25 @@ def main() -> int:
     parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--only", choices=("triton", "cuda"), help="what one of the compilers makes")
     options = parser.parse_args()
-    began, rows, wrong, versions = time.monotonic(), [], [], {}
+    began, rows, wrong = time.monotonic(), [], []
     if options.only != "cuda":
-        versions["triton"] = compilation.version()
         rows, wrong = triton_rows(options.architectures)
     if options.only != "triton":
         try:
-            versions["cuda"] = cuda.version()
             rows += cuda.rows(options.architectures)
         except cuda.Unavailable as reason:
             print(f"the CUDA kernels are left out: {reason}")
     if not options.check:
         print(table(rows))
-    before = baseline.read()
     found = {row.key: row.violations() for row in rows}
     if options.update:
-        baseline.write(rows, versions)
+        baseline.write(rows)
     else:
-        for source, version in versions.items():
-            if before.versions.get(source, version) != version:
-                print(
-                    f"not compared with the baseline, which is of {before.versions[source]}: {version} makes other code"
-                )
-        for key, reasons in baseline.regressions(rows, versions, before).items():
+        before = baseline.read()
+        for compiler in {row.key.compiler for row in rows} - baseline.compilers(before):
+            known = ", ".join(sorted(baseline.compilers(before))) or "none"
+            print(f"nothing of {compiler} is compared: the baseline is of {known}")
+        for key, reasons in baseline.regressions(rows, before).items():
             found.setdefault(key, []).extend(reasons)
     for key, reasons in found.items():
         wrong += [f"sm_{key.architecture} {key.kernel}, {key.case or 'any case'}: {reason}" for reason in reasons]

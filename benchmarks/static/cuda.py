@@ -49,7 +49,7 @@ def rows(architectures: list[int]) -> list[Row]:
         for architecture in architectures:
             for name, made in _read(path, architecture).items():
                 made.serialised = architecture == HOPPER and name in serialised
-                found.append(Row(Key("cuda", name, "", architecture), made, half="float" not in name))
+                found.append(Row(Key(version(), name, "", architecture), made, half="float" not in name))
     return found
 
 

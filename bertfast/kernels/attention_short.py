@@ -77,7 +77,7 @@ def _probabilities(q, k, same, scale_log2, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "groups", "threshold"])
-def _short_attention_fwd_kernel(
+def _varlen_attention_short_fwd_kernel(
     qkv,  # (tokens, 3, heads, SIZE)
     cu_seqlens,  # (sequences + 1,) int32
     order,  # (sequences,) int32: whose turn it is; None for one after another
@@ -149,43 +149,67 @@ def _short_attention_fwd_kernel(
 
 
 @triton.jit
-def recompute(
-    q,
-    k,
-    v,
-    do,
-    lse,  # in exponents of 2
-    delta,  # rowsum(P dP)
-    seen,  # which keys are, or None where all are
-    bias,  # added to the scores, in exponents of 2; or None
-    seed,
-    token,
-    head,
-    sequence,
-    first_key,
-    shift,
-    scale_log2,
-    threshold,
-    multiplier,
-    PRECISION: tl.constexpr,
-):
-    """What the products of the backward are made of: the probabilities with dropout, and dS / scale; rounded."""
+def recompute(q, k, lse, seen, bias, scale_log2, PRECISION: tl.constexpr):
+    """The probabilities, (queries, keys). lse and bias (or None) are exponents of 2; keys not seen (or None) have 0."""
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     if bias is not None:
         x += bias
     p = tl.exp2(x - lse[:, None])
     if seen is not None:
         p = tl.where(seen, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    dropped = p
-    if seed is not None:
-        kept = dropout.kept_keys(tl.load(seed), threshold, token, head, sequence, first_key, shift, k.shape[0])
-        dropped, dp = tl.where(kept, p, 0.0) * multiplier, tl.where(kept, dp, 0.0) * multiplier
-    return dropped.to(do.dtype), (p * (dp - delta[:, None])).to(q.dtype)
+    return p
+
+
+@triton.jit
+def drop(p, kept, multiplier):
+    """p, or its gradient, after dropout."""
+    if kept is None:
+        return p
+    else:
+        return tl.where(kept, p, 0.0) * multiplier
+
+
+@triton.jit
+def no_sum(KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Zeros for `sum_over_queries` to begin with."""
+    if BLOCK_SIZE >= 64:
+        return tl.zeros((BLOCK_SIZE, KEYS), tl.float32)
+    else:
+        return tl.zeros((KEYS, BLOCK_SIZE), tl.float32)
+
+
+@triton.jit
+def sum_over_queries(total, scores, rows, PRECISION: tl.constexpr):
+    """total + scores^T rows, which is turned over: (BLOCK_SIZE, KEYS). `turn` gives it back.
+
+    So both factors lie in shared memory as they are, while scores^T would have to be loaded from there into registers.
+    But matrix units that do 64 rows at a time want 64 elements to a head.
+    """
+    scores = scores.to(rows.dtype)
+    if rows.shape[1] >= 64:
+        return tl.dot(tl.trans(rows), scores, total, input_precision=PRECISION)
+    else:
+        return tl.dot(tl.trans(scores), rows, total, input_precision=PRECISION)
+
+
+@triton.jit
+def turn(total, BLOCK_SIZE: tl.constexpr):
+    """(KEYS, BLOCK_SIZE) float32 of what `sum_over_queries` has summed."""
+    if BLOCK_SIZE >= 64:
+        return tl.trans(total)
+    else:
+        return total
+
+
+@triton.jit
+def differentiate(p, kept, multiplier, do, v, delta, PRECISION: tl.constexpr):
+    """dS / scale, rounded. delta: rowsum(P dP)."""
+    dp = drop(tl.dot(do, tl.trans(v), input_precision=PRECISION), kept, multiplier)
+    return (p * (dp - delta[:, None])).to(do.dtype)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "groups", "threshold"])
-def _short_attention_bwd_kernel(
+def _varlen_attention_short_bwd_kernel(
     dout,  # (tokens, heads, SIZE)
     qkv,  # (tokens, 3, heads, SIZE)
     cu_seqlens,  # (sequences + 1,) int32
@@ -232,17 +256,19 @@ def _short_attention_bwd_kernel(
             from_lse = lse + row_head.to(tl.int64) * tokens + (start + token)
             sums = tl.load(from_lse, mask=exists, other=0.0) * LOG2_E
             same = row_head[:, None] == tl.where(exists, row_head, -1)[None, :]
-            p, ds = recompute(
-                q, k, v, do, sums, delta, same, None, seed, token, row_head, sequence, 0, shift, scale_log2, threshold,
-                multiplier, PRECISION,
-            )
-            dv = tl.dot(tl.trans(p), do, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+            nothing = no_sum(64, BLOCK_SIZE)
+            p = recompute(q, k, sums, same, None, scale_log2, PRECISION)
+            kept = None
+            if seed is not None:
+                kept = dropout.kept_keys(tl.load(seed), threshold, token, row_head, sequence, 0, shift, 64)
+            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, PRECISION)
+            ds = differentiate(p, kept, multiplier, do, v, delta, PRECISION)
+            dk = sum_over_queries(nothing, ds, q, PRECISION)
             dq = tl.dot(ds, k, input_precision=PRECISION)
             at = (token * 3 * heads + row_head) * SIZE
             store_rows(gradients, at, exists, dq * scale, SIZE, BLOCK_SIZE)
-            store_rows(gradients + step, at, exists, dk * tl.abs(scale), SIZE, BLOCK_SIZE)
-            store_rows(gradients + 2 * step, at, exists, dv, SIZE, BLOCK_SIZE)
+            store_rows(gradients + step, at, exists, turn(dk, BLOCK_SIZE) * tl.abs(scale), SIZE, BLOCK_SIZE)
+            store_rows(gradients + 2 * step, at, exists, turn(dv, BLOCK_SIZE), SIZE, BLOCK_SIZE)
     elif LONGEST > 64:
         query = tl.arange(0, 128)
         inside = query < length
@@ -261,16 +287,18 @@ def _short_attention_bwd_kernel(
             seen = column < length
             k = load_rows(rows + part_stride, column * token_stride, seen, SIZE, BLOCK_SIZE)
             v = load_rows(rows + 2 * part_stride, column * token_stride, seen, SIZE, BLOCK_SIZE)
-            p, ds = recompute(
-                q, k, v, do, sums, delta, seen[None, :], None, seed, query, query * 0 + head, sequence, first_key, 6,
-                scale_log2, threshold, multiplier, PRECISION,
-            )
-            dv = tl.dot(tl.trans(p), do, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+            nothing = no_sum(64, BLOCK_SIZE)
+            p = recompute(q, k, sums, seen[None, :], None, scale_log2, PRECISION)
+            kept = None
+            if seed is not None:
+                kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, 64)
+            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, PRECISION)
+            ds = differentiate(p, kept, multiplier, do, v, delta, PRECISION)
+            dk = sum_over_queries(nothing, ds, q, PRECISION)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
             to = (column * 3 * heads + head) * SIZE
-            store_rows(gradients + step, to, seen, dk * tl.abs(scale), SIZE, BLOCK_SIZE)
-            store_rows(gradients + 2 * step, to, seen, dv, SIZE, BLOCK_SIZE)
+            store_rows(gradients + step, to, seen, turn(dk, BLOCK_SIZE) * tl.abs(scale), SIZE, BLOCK_SIZE)
+            store_rows(gradients + 2 * step, to, seen, turn(dv, BLOCK_SIZE), SIZE, BLOCK_SIZE)
         store_rows(gradients, (query * 3 * heads + head) * SIZE, inside, dq * scale, SIZE, BLOCK_SIZE)
 
 
@@ -314,7 +342,7 @@ def forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, precisio
     settings = _settings(qkv, max_seqlen, scale, dropout_p, seed, precision)
     programs = (cu_seqlens.shape[0] - 1) * settings["groups"]
     parts = 2 if settings["LONGEST"] == 128 and programs < 2 * hardware.multiprocessors(qkv.device) else 1
-    _short_attention_fwd_kernel[(programs * parts,)](
+    _varlen_attention_short_fwd_kernel[(programs * parts,)](
         qkv, cu_seqlens, order, seed, out, lse, **settings, PARTS=parts, num_warps=4
     )
 
@@ -324,6 +352,6 @@ def backward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, precisi
     settings = _settings(qkv, max_seqlen, scale, dropout_p, seed, precision)
     programs = (cu_seqlens.shape[0] - 1) * settings["groups"]
     warps = 8 if settings["LONGEST"] == 128 else 4
-    _short_attention_bwd_kernel[(programs,)](
+    _varlen_attention_short_bwd_kernel[(programs,)](
         dout, qkv, cu_seqlens, order, seed, out, lse, dqkv, scale=scale, **settings, num_warps=warps
     )

@@ -19,7 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import dropout, hardware
-from bertfast.kernels.attention_short import LN_2, LOG2_E, find_sequence, load_rows, recompute, store_rows
+from bertfast.kernels.attention_short import (
+    LN_2,
+    LOG2_E,
+    differentiate,
+    drop,
+    find_sequence,
+    load_rows,
+    no_sum,
+    recompute,
+    store_rows,
+    sum_over_queries,
+    turn,
+)
 
 
 @triton.jit
@@ -42,7 +54,7 @@ def _turn(cu_seqlens, order, turn, queries, keys):
 def _bias(mask, query, key, queries, keys, row_stride, column_stride):
     """What a mask adds to the scores, in exponents of 2: (queries, keys) float32.
 
-    Scores of -inf alone are masked; those of the lowest finite numbers must not become it.
+    The lowest numbers of a format mean -inf, and are told apart from what could be a score as the reference does it.
     """
     inside = (query < queries)[:, None] & (key < keys)[None, :]
     at = query.to(tl.int64)[:, None] * row_stride + key.to(tl.int64)[None, :] * column_stride
@@ -51,7 +63,7 @@ def _bias(mask, query, key, queries, keys, row_stride, column_stride):
         bias = tl.where(value != 0, 0.0, float("-inf"))
     else:
         bias = value.to(tl.float32)
-        bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, -2.3e38) * LOG2_E)
+        bias = tl.where(bias < -1e30, float("-inf"), bias * LOG2_E)
     return bias
 
 
@@ -117,7 +129,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "queries", "keys", "threshold"])
-def _tiled_attention_fwd_kernel(
+def _varlen_attention_tiled_fwd_kernel(
     q,  # (tokens, heads, SIZE), or (batch, heads, queries, SIZE) without cu_seqlens
     k,
     v,
@@ -191,7 +203,7 @@ def _tiled_attention_fwd_kernel(
                 threshold, multiplier, SIZE, BLOCK_SIZE, KEYS, False, PRECISION,
             )  # fmt: skip
         sums = top + tl.log2(total)
-        if mask is not None:
+        if cu_seqlens is None:  # a query may see no key at all
             sums = tl.where(total == 0, float("inf"), sums)
             total = tl.where(total == 0, 1.0, total)
         o /= total[:, None]
@@ -244,15 +256,16 @@ def _add_dq(
     inside = None
     if not WHOLE:
         inside = seen[None, :]
-    _, ds = recompute(
-        q, k, v, do, lse, delta, inside, bias, seed, query, query * 0 + head, sequence,
-        first_key, 6, scale_log2, threshold, multiplier, PRECISION,
-    )  # fmt: skip
+    p = recompute(q, k, lse, inside, bias, scale_log2, PRECISION)
+    kept = None
+    if seed is not None:
+        kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, KEYS)
+    ds = differentiate(p, kept, multiplier, do, v, delta, PRECISION)
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "queries", "keys", "threshold"])
-def _tiled_attention_dq_kernel(
+def _varlen_attention_tiled_dq_kernel(
     dout,  # (tokens, heads, SIZE), or (batch, heads, queries, SIZE) without cu_seqlens
     q,
     k,
@@ -345,7 +358,7 @@ def _tiled_attention_dq_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "queries", "keys", "threshold"])
-def _tiled_attention_dkv_kernel(
+def _varlen_attention_tiled_dkv_kernel(
     dout,  # (tokens, heads, SIZE), or (batch, heads, queries, SIZE) without cu_seqlens
     q,
     k,
@@ -411,7 +424,7 @@ def _tiled_attention_dkv_kernel(
             mask += sequence.to(tl.int64) * mask_batch_stride + head.to(tl.int64) * mask_head_stride
         keyed = load_rows(k_rows, column * k_row_stride, exists, SIZE, BLOCK_SIZE)
         valued = load_rows(v_rows, column * v_row_stride, exists, SIZE, BLOCK_SIZE)
-        k_total, v_total = tl.zeros((KEYS, BLOCK_SIZE), tl.float32), tl.zeros((KEYS, BLOCK_SIZE), tl.float32)
+        k_total, v_total = no_sum(KEYS, BLOCK_SIZE), no_sum(KEYS, BLOCK_SIZE)
         for first_query in tl.range(0, queries, QUERIES):
             query = first_query + row
             inside = query < queries
@@ -426,16 +439,17 @@ def _tiled_attention_dkv_kernel(
             bias = None
             if mask is not None:
                 bias = _bias(mask, query, begin + column, queries, keys, mask_row_stride, mask_column_stride)
-            p, ds = recompute(
-                queried, keyed, valued, do, sums, differences, None, bias, seed, query, query * 0 + head, sequence,
-                begin, 6, scale_log2, threshold, multiplier, PRECISION,
-            )  # fmt: skip
-            v_total = tl.dot(tl.trans(p), do, v_total, input_precision=PRECISION)
-            k_total = tl.dot(tl.trans(ds), queried, k_total, input_precision=PRECISION)
+            p = recompute(queried, keyed, sums, None, bias, scale_log2, PRECISION)
+            kept = None
+            if seed is not None:
+                kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, begin, 6, KEYS)
+            v_total = sum_over_queries(v_total, drop(p, kept, multiplier), do, PRECISION)
+            ds = differentiate(p, kept, multiplier, do, valued, differences, PRECISION)
+            k_total = sum_over_queries(k_total, ds, queried, PRECISION)
         to_k = _begin(dk, first + begin, sequence, head, dk_batch_stride, dk_row_stride, dk_head_stride)
-        store_rows(to_k, column * dk_row_stride, exists, k_total * tl.abs(scale), SIZE, BLOCK_SIZE)
+        store_rows(to_k, column * dk_row_stride, exists, turn(k_total, BLOCK_SIZE) * tl.abs(scale), SIZE, BLOCK_SIZE)
         to_v = _begin(dv, first + begin, sequence, head, dk_batch_stride, dk_row_stride, dk_head_stride)
-        store_rows(to_v, column * dk_row_stride, exists, v_total, SIZE, BLOCK_SIZE)
+        store_rows(to_v, column * dk_row_stride, exists, turn(v_total, BLOCK_SIZE), SIZE, BLOCK_SIZE)
 
 
 class Tile(NamedTuple):
@@ -532,7 +546,7 @@ def forward(a: Attention, out: Tensor, lse: Tensor | None) -> None:
     """Fills out and, where it is one, lse."""
     tile = a.tiles().forward
     blocks = triton.cdiv(a.queries, tile.queries)
-    _tiled_attention_fwd_kernel[(a.sequences * a.heads * blocks,)](
+    _varlen_attention_tiled_fwd_kernel[(a.sequences * a.heads * blocks,)](
         *(a.q, a.k, a.v, a.mask, a.cu_seqlens, a.order, a.seed, out, lse, a.heads, blocks, a.queries, a.keys),
         *(*_strides(a.q), *_strides(a.k), *_strides(a.v), *_strides(out), *a.lse_strides(), *a.mask_strides()),
         **a.settings(),
@@ -544,7 +558,7 @@ def backward(a: Attention, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, d
     """Fills dq, dk and dv. dout and out have the same strides, and so have dk and dv."""
     tiles, delta = a.tiles(), torch.empty_like(lse)
     blocks = triton.cdiv(a.queries, tiles.dq.queries)
-    _tiled_attention_dq_kernel[(a.sequences * a.heads * blocks,)](
+    _varlen_attention_tiled_dq_kernel[(a.sequences * a.heads * blocks,)](
         *(dout, a.q, a.k, a.v, a.mask, a.cu_seqlens, a.order, a.seed, out, lse, delta, dq),
         *(a.heads, blocks, a.queries, a.keys),
         *(*_strides(a.q), *_strides(a.k), *_strides(a.v), *_strides(out), *_strides(dq)),
@@ -553,7 +567,7 @@ def backward(a: Attention, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, d
         **_compiled(tiles.dq),
     )
     blocks = triton.cdiv(a.keys, tiles.dkv.keys)
-    _tiled_attention_dkv_kernel[(a.sequences * a.heads * blocks,)](
+    _varlen_attention_tiled_dkv_kernel[(a.sequences * a.heads * blocks,)](
         *(dout, a.q, a.k, a.v, a.mask, a.cu_seqlens, a.order, a.seed, lse, delta, dk, dv),
         *(a.heads, blocks, a.queries, a.keys),
         *(*_strides(a.q), *_strides(a.k), *_strides(a.v), *_strides(out), *_strides(dk)),

@@ -1,6 +1,6 @@
 """The fused ops on packed tensors, each with a backward. See `bertfast.reference` for what they compute."""
 
-from bertfast.ops.attention import varlen_attention
+from bertfast.ops.attention import masked_attention, varlen_attention
 from bertfast.ops.embedding import embed_layer_norm
 from bertfast.ops.gelu import bias_gelu
 from bertfast.ops.linear import PackedWeights, linear
@@ -11,6 +11,7 @@ __all__ = [
     "bias_gelu",
     "embed_layer_norm",
     "linear",
+    "masked_attention",
     "residual_layer_norm",
     "varlen_attention",
 ]

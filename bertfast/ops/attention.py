@@ -1,4 +1,5 @@
-"""varlen_attention: softmax(q k^T / sqrt(D)) v inside each sequence of a packed batch."""
+"""varlen_attention: softmax(q k^T / sqrt(D)) v inside each sequence of a packed batch. masked_attention: over rectangles,
+for whatever a mask says that borders cannot."""
 
 import functools
 
@@ -72,6 +73,8 @@ def _shape(qkv: Tensor, max_seqlen: int) -> tuple[int, int] | None:
 
 
 def _forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
+    if qkv.device.type == "cpu":
+        _check_borders(cu_seqlens, qkv.shape[0])
     max_seqlen = _longest(qkv, cu_seqlens, max_seqlen)
     run = backend.implementation("varlen_attention", qkv, _shape(qkv, max_seqlen))
     return run(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save)
@@ -92,7 +95,6 @@ def _cpu_arguments(qkv, cu_seqlens, out, lse, *gradient):
 
 
 def _cpu_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
-    _check_borders(cu_seqlens, qkv.shape[0])
     qkv, cu_seqlens = qkv if qkv.stride(3) == 1 else qkv.contiguous(), cu_seqlens.contiguous()
     tokens, _, heads, size = qkv.shape
     out = qkv.new_empty(tokens, heads, size)
@@ -153,7 +155,8 @@ def _cuda_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, sa
 
 
 def _reference_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, save):
-    _check_borders(cu_seqlens, qkv.shape[0])
+    if qkv.device.type != "cpu":
+        _check_borders(cu_seqlens, qkv.shape[0])
     out = reference.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed)
     return out.contiguous(), reference.varlen_attention_lse(qkv, cu_seqlens, scale) if save else None
 
@@ -162,11 +165,22 @@ def _reference_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scal
     return reference.varlen_attention_backward(dout, qkv, cu_seqlens, scale, dropout_p, seed).contiguous()
 
 
+def _triton_refusal(dtype, shape):
+    head_size, _ = shape
+    return None if head_size <= 128 else f"computes attention for head sizes of at most 128, not {head_size}"
+
+
+def _triton(name: str) -> backend.Later:
+    return backend.Later("bertfast.kernels.attention", name)
+
+
 # Forward and backward are chosen apart: not every backend has both, and all of them agree on what is saved between.
 backend.register("varlen_attention", "cpu", _cpu_forward)
 backend.register("varlen_attention", "cuda", _cuda_forward, _cuda_refusal)
+backend.register("varlen_attention", "triton", _triton("varlen_attention_fwd"), _triton_refusal)
 backend.register("varlen_attention", "reference", _reference_forward)
 backend.register("varlen_attention_backward", "cpu", _cpu_backward)
+backend.register("varlen_attention_backward", "triton", _triton("varlen_attention_bwd"), _triton_refusal)
 backend.register("varlen_attention_backward", "reference", _reference_backward)
 
 
@@ -215,4 +229,122 @@ _op = registry.define(
     _fake,
     _setup_context,
     _autograd,
+)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """dropout(softmax(scale q k^T + mask)) v for each head of each sequence of a rectangle.
+
+    Args:
+        q: (batch, heads, queries, head_size), with any strides.
+        k, v: (batch, heads, keys, head_size) of q's dtype.
+        mask: None, or what broadcasts to (batch, heads, queries, keys): boolean, true where the query sees the key, or
+            floating-point and added to the scores, where anything below -1e30 means -inf. It is never expanded.
+        scale: defaults to 1 / sqrt(head_size).
+        dropout_p, seed: as in `varlen_attention`; sequence b of the rectangle has the mask of sequence b there.
+
+    Returns (batch, heads, queries, head_size), dense, in q's dtype; scores and softmax are float32. A query that
+    sees no key gives zeros and has a gradient of zeros. Raises ValueError / TypeError where
+    shapes, dtypes or devices do not fit, and ValueError for a mask that wants a gradient: it has none here.
+    """
+    if q.dim() != 4:
+        raise ValueError(f"q must be (batch, heads, queries, head_size), not of shape {tuple(q.shape)}")
+    batch, heads, queries, size = q.shape
+    keys = k.shape[2] if k.dim() == 4 else -1
+    registry.check_like(q, k=(k, (batch, heads, keys, size)), v=(v, (batch, heads, keys, size)))
+    if mask is not None:
+        _check_mask(mask, q, (batch, heads, queries, keys))
+    scale = size**-0.5 if scale is None else scale
+    dropout_p, seed = registry.dropout_arguments(dropout_p, seed, q.device)
+    if registry.seen(q, k, v):
+        return _masked_op(q, k, v, mask, scale, dropout_p, seed)[0]
+    forward, _ = backend.implementation("masked_attention", q, (size, 0))
+    return forward(q, k, v, mask, scale, dropout_p, seed, False)[0]
+
+
+def _check_mask(mask: Tensor, q: Tensor, shape: tuple[int, ...]) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask must be boolean, or floating-point to be added, not {mask.dtype}")
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device} where q is on {q.device}: move one of them with .to()")
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask wants a gradient, and masked_attention has none for it: use torch's own attention")
+    sizes = zip((1,) * (4 - mask.dim()) + tuple(mask.shape), shape, strict=False)
+    if mask.dim() > 4 or any(size not in (1, wanted) for size, wanted in sizes):
+        raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to {shape}")
+
+
+def _reference_masked_forward(q, k, v, mask, scale, dropout_p, seed, save):
+    # The backward of the reference computes the probabilities anew and wants no log-sum-exp.
+    out = reference.masked_attention(q, k, v, mask, scale, dropout_p, seed)
+    return out.contiguous(), q.new_zeros(q.shape[:3], dtype=torch.float32) if save else None
+
+
+def _reference_masked_backward(dout, q, k, v, mask, out, lse, scale, dropout_p, seed):
+    gradients = reference.masked_attention_backward(dout, q, k, v, mask, scale, dropout_p, seed)
+    return tuple(gradient.contiguous() for gradient in gradients)
+
+
+backend.register(
+    "masked_attention",
+    "triton",
+    backend.Later("bertfast.kernels.masked_attention", "masked_attention_fwd", "masked_attention_bwd"),
+    _triton_refusal,
+)
+backend.register("masked_attention", "reference", (_reference_masked_forward, _reference_masked_backward))
+
+
+def _run_masked(q, k, v, mask, scale, dropout_p, seed):
+    forward, _ = backend.implementation("masked_attention", q, (q.shape[3], 0))
+    return forward(q, k, v, mask, scale, dropout_p, seed, True)
+
+
+def _fake_masked(q, k, v, mask, scale, dropout_p, seed):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _run_masked_backward(dout, q, k, v, mask, out, lse, scale, dropout_p, seed):
+    _, backward = backend.implementation("masked_attention", q, (q.shape[3], 0))
+    return backward(dout, q, k, v, mask, out, lse, scale, dropout_p, seed)
+
+
+def _fake_masked_backward(dout, q, k, v, mask, out, lse, scale, dropout_p, seed):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_masked_context(ctx, inputs, output):
+    q, k, v, mask, ctx.scale, ctx.dropout_p, seed = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, mask, out, lse, seed)
+
+
+def _masked_autograd(ctx, dout, dlse):
+    q, k, v, mask, out, lse, seed = ctx.saved_tensors
+    gradients = _masked_op_backward(dout, q, k, v, mask, out, lse, ctx.scale, ctx.dropout_p, seed)
+    return *gradients, None, None, None, None
+
+
+_masked_op_backward = registry.define(
+    "masked_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse,"
+    " float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    _run_masked_backward,
+    _fake_masked_backward,
+)
+_masked_op = registry.define(
+    "masked_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float dropout_p, Tensor? seed)"
+    " -> (Tensor, Tensor)",
+    _run_masked,
+    _fake_masked,
+    _setup_masked_context,
+    _masked_autograd,
 )

@@ -75,9 +75,7 @@ def _reference_backward(dout, x, bias, approximate):
 
 
 backend.register("bias_gelu", "cuda", (_cuda_forward, _cuda_backward))
-backend.register(
-    "bias_gelu", "triton", backend.Later("bertfast.kernels.gelu", "bias_gelu_fwd", "bias_gelu_bwd")
-)
+backend.register("bias_gelu", "triton", backend.Later("bertfast.kernels.gelu", "bias_gelu_fwd", "bias_gelu_bwd"))
 backend.register("bias_gelu", "cpu", (_cpu_forward, _cpu_backward))
 backend.register("bias_gelu", "reference", (reference.bias_gelu, _reference_backward))
 
