@@ -59,7 +59,12 @@ def check_against_the_reference(
         gold, baseline = (forward_and_backward(model, d, batch) for d in (torch.float64, dtype))
     for name, value in actual.items():
         assert value.dtype is dtype, name
-        parity.check(value, gold[name], baseline[name], factor=3.0, rows=batch.packing.tokens, name=name)
+        tensors = value, gold[name], baseline[name]
+        if name.endswith("key.bias"):  # the softmax does not see it: its gradient is 0, and the query's its scale
+            query = name.replace("key", "query")
+            tensors = [torch.cat((run[query], run[name])) for run in (actual, gold, baseline)]
+        # The baseline is the reference, which rounds less than plain PyTorch does: only between ops, never inside one.
+        parity.check(*tensors, factor=3.0, mean_factor=2.0, rows=batch.packing.tokens, name=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -100,6 +105,7 @@ def test_patched_models_in_triton(triton_device):
     parity.check(out.logits.detach(), gold.logits.detach(), rows=9)
     gradients = {n: p.grad for n, p in stock.named_parameters()}
     for name, parameter in model.named_parameters():
-        parity.check(parameter.grad, gradients[name], rows=80, name=name)
+        if not name.endswith("key.bias"):
+            parity.check(parameter.grad, gradients[name], rows=80, name=name)
     (report,) = bertfast.explain(model).backbones
     assert report.calls["packed"] == 1 and {o["backend"] for o in report.ops.values()} == {"triton"}

@@ -12,7 +12,9 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 products are calculated: as PyTorch has been told to, by the newer of its settings or the older."""
     settings = torch.backends.cuda.matmul
     tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
-    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if tf32 else "tf32x3"
 
 
 def _tiled(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed):
