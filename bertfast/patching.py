@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bertfast import backend
 from bertfast.calls import STATE, BackboneState, HeadState, LayerState
@@ -219,12 +219,29 @@ def _explain(name: str, model: nn.Module) -> BackboneReport:
     }
     if state is None:
         return BackboneReport(**about)
-    choices = [backend.explain(op, weight.device, weight.dtype) for op in _OPS]
+    choices = _choices(weight, model.config.hidden_size // model.config.num_attention_heads)
     return BackboneReport(
         **about,
         options={"padding": state.padding, "pack_weights": state.pack_weights},
         calls={kind: state.calls[kind] for kind in ("packed", "rectangle", "stock")},
         reasons=dict(state.reasons),
-        ops={c.op: {"backend": c.backend, "refused": dict(c.refused)} for c in choices},
+        ops={line: {"backend": c.backend, "refused": dict(c.refused)} for line, c in choices.items()},
         packed_bytes=sum(m.__dict__[STATE].packs.nbytes for m in layers if STATE in m.__dict__),
     )
+
+
+def _choices(weight: Tensor, head_size: int) -> dict[str, backend.Choice]:
+    """What runs each op; attention's long sequences and its backward have lines of their own where that is another."""
+
+    def ask(op: str, length: int | None = None) -> backend.Choice:
+        return backend.explain(op, weight.device, weight.dtype, length and (head_size, length))
+
+    choices = {op: ask(op) for op in _OPS if op != "varlen_attention"}
+    choices["varlen_attention"] = short = ask("varlen_attention", 128)
+    if backend.current() == "auto":  # an explicit choice is one for all of them
+        others = {
+            "varlen_attention, more than 128 tokens": ask("varlen_attention", 256),
+            "varlen_attention, backward": ask("varlen_attention_backward", 128),
+        }
+        choices |= {line: choice for line, choice in others.items() if choice.backend != short.backend}
+    return choices

@@ -15,7 +15,7 @@ from small_models import SETTINGS, draw_weights, make_mask
 from torch import Tensor, nn
 
 import bertfast
-from bertfast import seams
+from bertfast import backend, seams
 from bertfast.patching import explain, patch, unpatch
 
 transformers = pytest.importorskip("transformers")
@@ -861,6 +861,22 @@ def test_wrong_variants_are_caught(break_it: Callable, monkeypatch: pytest.Monke
     break_it(monkeypatch)
     with pytest.raises(AssertionError):
         assert_agree(patched, stock, call_of("BertModel", mask), mask)
+
+
+def test_explain_tells_a_kernel_for_short_sequences_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, patched = pair(dtype=torch.float64)
+    assert "varlen_attention" in explain(patched).backbones[0].ops
+    monkeypatch.setattr(backend, "_implementations", dict(backend._implementations))
+    monkeypatch.setitem(backend._REFUSALS, "cpu", lambda *kind: None)
+    short = lambda dtype, shape: None if shape[1] <= 128 else f"is for 128 tokens, not {shape[1]}"  # noqa: E731
+    backend.register("varlen_attention", "cpu", None, short)
+    del backend._implementations["varlen_attention_backward", "cpu"]
+    with backend.use("auto"):
+        ops = explain(patched).backbones[0].ops
+    assert ops["varlen_attention"]["backend"] == "cpu"
+    long = ops["varlen_attention, more than 128 tokens"]
+    assert long == {"backend": "reference", "refused": {"cpu": "is for 128 tokens, not 256"}}
+    assert ops["varlen_attention, backward"]["backend"] == "reference"
 
 
 # --- sentence-transformers
