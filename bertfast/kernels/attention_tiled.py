@@ -68,6 +68,15 @@ def _bias(mask, query, key, queries, keys, row_stride, column_stride):
 
 
 @triton.jit
+def _load_queries(rows, offsets, exists, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NEGATIVE: tl.constexpr):
+    """(queries, BLOCK_SIZE). A negative scale is its amount times -q: the largest score stays the largest exponent."""
+    q = load_rows(rows, offsets, exists, SIZE, BLOCK_SIZE)
+    if NEGATIVE:
+        q = -q
+    return q
+
+
+@triton.jit
 def _attend(
     q,
     k_rows,
@@ -168,6 +177,7 @@ def _varlen_attention_tiled_fwd_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    RELOAD: tl.constexpr,  # at every step what stays the same: registers do not hold it
     NEGATIVE: tl.constexpr,  # the scale is
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
 ):
@@ -184,15 +194,16 @@ def _varlen_attention_tiled_fwd_kernel(
         v_rows = _begin(v, first, sequence, head, v_batch_stride, v_row_stride, v_head_stride)
         if mask is not None:
             mask += sequence.to(tl.int64) * mask_batch_stride + head.to(tl.int64) * mask_head_stride
-        queried = load_rows(q_rows, row * q_row_stride, exists, SIZE, BLOCK_SIZE)
-        if NEGATIVE:
-            queried = -queried
+        queried = _load_queries(q_rows, row * q_row_stride, exists, SIZE, BLOCK_SIZE, NEGATIVE)
         o = tl.zeros((QUERIES, BLOCK_SIZE), tl.float32)
         top, total = tl.full((QUERIES,), float("-inf"), tl.float32), tl.zeros((QUERIES,), tl.float32)
         whole = keys // KEYS * KEYS
         for first_key in tl.range(0, whole, KEYS):
+            here = queried
+            if RELOAD:
+                here = _load_queries(q_rows, row * q_row_stride, exists & (first_key < keys), SIZE, BLOCK_SIZE, NEGATIVE)
             o, top, total = _attend(
-                queried, k_rows, v_rows, o, top, total, query, first_key, keys, k_row_stride, v_row_stride,
+                here, k_rows, v_rows, o, top, total, query, first_key, keys, k_row_stride, v_row_stride,
                 mask, queries, mask_row_stride, mask_column_stride, seed, head, sequence, scale_log2,
                 threshold, multiplier, SIZE, BLOCK_SIZE, KEYS, True, PRECISION,
             )  # fmt: skip
@@ -311,6 +322,7 @@ def _varlen_attention_tiled_dq_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    RELOAD: tl.constexpr,  # at every step what stays the same: registers do not hold it
     NEGATIVE: tl.constexpr,  # the scale is
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
 ):
@@ -327,9 +339,7 @@ def _varlen_attention_tiled_dq_kernel(
         v_rows = _begin(v, first, sequence, head, v_batch_stride, v_row_stride, v_head_stride)
         if mask is not None:
             mask += sequence.to(tl.int64) * mask_batch_stride + head.to(tl.int64) * mask_head_stride
-        queried = load_rows(q_rows, row * q_row_stride, exists, SIZE, BLOCK_SIZE)
-        if NEGATIVE:
-            queried = -queried
+        queried = _load_queries(q_rows, row * q_row_stride, exists, SIZE, BLOCK_SIZE, NEGATIVE)
         do_rows = _begin(dout, first + begin, sequence, head, out_batch_stride, out_row_stride, out_head_stride)
         do = load_rows(do_rows, row * out_row_stride, exists, SIZE, BLOCK_SIZE)
         o_rows = _begin(out, first + begin, sequence, head, out_batch_stride, out_row_stride, out_head_stride)
@@ -342,8 +352,13 @@ def _varlen_attention_tiled_dq_kernel(
         total = tl.zeros((QUERIES, BLOCK_SIZE), tl.float32)
         whole = keys // KEYS * KEYS
         for first_key in tl.range(0, whole, KEYS):
+            here, do_here = queried, do
+            if RELOAD:
+                always = exists & (first_key < keys)
+                here = _load_queries(q_rows, row * q_row_stride, always, SIZE, BLOCK_SIZE, NEGATIVE)
+                do_here = load_rows(do_rows, row * out_row_stride, always, SIZE, BLOCK_SIZE)
             total = _add_dq(
-                total, queried, k_rows, v_rows, do, sums, differences, query, first_key, keys, k_row_stride,
+                total, here, k_rows, v_rows, do_here, sums, differences, query, first_key, keys, k_row_stride,
                 v_row_stride, mask, queries, mask_row_stride, mask_column_stride, seed, head, sequence, scale_log2,
                 threshold, multiplier, SIZE, BLOCK_SIZE, KEYS, True, PRECISION,
             )  # fmt: skip
@@ -404,6 +419,7 @@ def _varlen_attention_tiled_dkv_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    RELOAD: tl.constexpr,  # at every step what stays the same: registers do not hold it
     NEGATIVE: tl.constexpr,  # the scale is
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
 ):
@@ -429,9 +445,14 @@ def _varlen_attention_tiled_dkv_kernel(
             query = first_query + row
             inside = query < queries
             skip = tl.cast(first_query, tl.int64)
-            queried = load_rows(q_rows + skip * q_row_stride, row * q_row_stride, inside, SIZE, BLOCK_SIZE)
-            if NEGATIVE:
-                queried = -queried
+            queried = _load_queries(
+                q_rows + skip * q_row_stride, row * q_row_stride, inside, SIZE, BLOCK_SIZE, NEGATIVE
+            )
+            k_here, v_here = keyed, valued
+            if RELOAD:
+                always = exists & (first_query < queries)
+                k_here = load_rows(k_rows, column * k_row_stride, always, SIZE, BLOCK_SIZE)
+                v_here = load_rows(v_rows, column * v_row_stride, always, SIZE, BLOCK_SIZE)
             do = load_rows(do_rows + skip * out_row_stride, row * out_row_stride, inside, SIZE, BLOCK_SIZE)
             # Queries that are not there see nothing: 2^(s - inf). Keys that are not there are not written.
             sums = tl.load(from_lse + query, mask=inside, other=float("inf")) * LOG2_E
@@ -439,12 +460,12 @@ def _varlen_attention_tiled_dkv_kernel(
             bias = None
             if mask is not None:
                 bias = _bias(mask, query, begin + column, queries, keys, mask_row_stride, mask_column_stride)
-            p = recompute(queried, keyed, sums, None, bias, scale_log2, PRECISION)
+            p = recompute(queried, k_here, sums, None, bias, scale_log2, PRECISION)
             kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, begin, 6, KEYS)
             v_total = sum_over_queries(v_total, drop(p, kept, multiplier), do, PRECISION)
-            ds = differentiate(p, kept, multiplier, do, valued, differences, PRECISION)
+            ds = differentiate(p, kept, multiplier, do, v_here, differences, PRECISION)
             k_total = sum_over_queries(k_total, ds, queried, PRECISION)
         to_k = _begin(dk, first + begin, sequence, head, dk_batch_stride, dk_row_stride, dk_head_stride)
         store_rows(to_k, column * dk_row_stride, exists, turn(k_total, BLOCK_SIZE) * tl.abs(scale), SIZE, BLOCK_SIZE)
@@ -532,6 +553,7 @@ class Attention(NamedTuple):
             "multiplier": multiplier,
             "SIZE": size,
             "BLOCK_SIZE": max(16, triton.next_power_of_2(size)),
+            "RELOAD": self.q.dtype == torch.float32,
             "NEGATIVE": self.scale < 0,
             "PRECISION": self.precision,
         }
