@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.static.capture import Kernel
 from bertfast import kernels
-from bertfast.kernels import attention, embedding, gelu, linear, norm
+from bertfast.kernels import attention, attention_tiled, embedding, gelu, linear, masked_attention, norm
 
 TOKENS, SEQUENCES, VOCABULARY, POSITIONS = 8192, 64, 30522, 512
 EPS, DROPOUT = 1e-12, 0.1
@@ -44,10 +44,15 @@ class Case(NamedTuple):
     half: bool
     main: bool = False  # only the first kernel that it launches is of interest, other cases have the others
 
+    @property
+    def typical(self) -> bool:
+        """Whether it is BERT-base's in bfloat16, or of tiles that differ between GPUs: to be seen on all of them."""
+        return self.name.endswith("bfloat16") and not any(w in self.name for w in ("MiniLM", "large", "hidden"))
+
 
 def cases(architecture: int) -> Iterator[Case]:
     """All of them, for GPUs of this architecture."""
-    for family in (_gelu, _norm, _embedding, _attention):
+    for family in (_gelu, _norm, _embedding, _attention, _masked_attention):
         yield from family()
     yield from _linear(architecture)
 
@@ -159,38 +164,68 @@ def _attention() -> Iterator[Case]:
         seed = _seed() if p else None
         attention.varlen_attention_bwd(out, qkv, borders, longest, order, out, lse, size**-0.5, p, seed)
 
-    def all_three(heads: int, size: int, dtype: torch.dtype, longest: int) -> Iterator[Case]:
-        about, shape = f"head size {size} length {longest}", (heads, size, dtype, longest)
-        yield _case("varlen_attention forward", about, dtype, forward, *shape, 0.0, False)
-        yield _case("varlen_attention forward", f"{about} training", dtype, forward, *shape, DROPOUT, True)
-        yield _case("varlen_attention backward", f"{about} training", dtype, backward, *shape, DROPOUT)
-
     def few_sequences() -> None:
         qkv, borders, order = tensors(BASE.heads, 64, BFLOAT16)
         attention.varlen_attention_fwd(qkv[:512], borders[:5], 128, order[:4], 0.125, 0.0, None, False)
 
+    def inference(heads: int, size: int, dtype: torch.dtype, longest: int) -> Case:
+        about = f"head size {size} length {longest}"
+        return _case("varlen_attention forward", about, dtype, forward, heads, size, dtype, longest, 0.0, False)
+
+    def training(heads: int, size: int, dtype: torch.dtype, longest: int) -> Iterator[Case]:
+        about, shape = f"head size {size} length {longest} training", (heads, size, dtype, longest)
+        yield _case("varlen_attention forward", about, dtype, forward, *shape, DROPOUT, True)
+        yield _case("varlen_attention backward", about, dtype, backward, *shape, DROPOUT)
+
     for longest in (16, 32, 64, 128, 512):
-        yield from all_three(BASE.heads, 64, BFLOAT16, longest)
-    for longest in (128, 512):
-        yield from all_three(12, 32, BFLOAT16, longest)  # MiniLM's
-        yield from all_three(BASE.heads, 64, FLOAT32, longest)
-        shape = (BASE.heads, 64, FLOAT16, longest)
-        about = f"head size 64 length {longest}"
-        yield _case("varlen_attention forward", about, FLOAT16, forward, *shape, 0.0, False)
-    yield from all_three(6, 128, BFLOAT16, 512)
+        yield inference(BASE.heads, 64, BFLOAT16, longest)
+        yield from training(BASE.heads, 64, BFLOAT16, longest)
     yield _case("varlen_attention forward", "few sequences", BFLOAT16, few_sequences)
+    for longest in (128, 512):
+        yield inference(BASE.heads, 64, FLOAT16, longest)
+        yield inference(12, 32, BFLOAT16, longest)  # MiniLM's
+        yield from training(12, 32, BFLOAT16, longest)
+    yield from training(6, 128, BFLOAT16, 512)
+    for heads, size in ((12, 32), (12, 64), (6, 128)):
+        yield from training(heads, size, FLOAT32, 512)
+        yield from map(_in_tf32, training(heads, size, FLOAT32, 512))
+    yield _in_tf32(inference(BASE.heads, 64, FLOAT32, 64))
+
+
+def _masked_attention() -> Iterator[Case]:
+    def call(dtype: torch.dtype, mask_dtype: torch.dtype, backward: bool) -> None:
+        q, lse = _meta(16, BASE.heads, 512, 64, dtype=dtype), _meta(16, BASE.heads, 512, dtype=FLOAT32)
+        mask, settings = _meta(16, 1, 1, 512, dtype=mask_dtype), (0.125, DROPOUT if backward else 0.0)
+        seed = _seed() if backward else None
+        if backward:
+            masked_attention.masked_attention_bwd(q, q, q, q, mask, q, lse, *settings, seed)
+        else:
+            masked_attention.masked_attention_fwd(q, q, q, mask, *settings, seed, False)
+
+    for name, mask in (("mask", torch.bool), ("bias", BFLOAT16)):
+        yield _case("masked_attention forward", f"base {name}", BFLOAT16, call, BFLOAT16, mask, False)
+        yield _case("masked_attention backward", f"base {name} training", BFLOAT16, call, BFLOAT16, mask, True)
+
+
+def _in_tf32(case: Case) -> Case:
+    """The same where PyTorch was told that float32 factors may be rounded to TF32."""
+
+    def call() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            case.call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return case._replace(name=case.name.replace("float32", "tf32"), call=call)
 
 
 def _linear(architecture: int) -> Iterator[Case]:
-    def gemm(dtype: torch.dtype, activation: str, tile: linear.Tile | None, tf32: bool = False) -> None:
+    def gemm(dtype: torch.dtype, activation: str, tile: linear.Tile | None) -> None:
         x, w = _meta(TOKENS, BASE.hidden, dtype=dtype), _meta(BASE.intermediate, BASE.hidden, dtype=dtype)
         bias, out = _meta(BASE.intermediate, dtype=dtype), _meta(TOKENS, BASE.intermediate, dtype=dtype)
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        try:
-            linear._gemm(x, w, bias, out, activation, tile)
-        finally:
-            torch.set_float32_matmul_precision(before)
+        linear._gemm(x, w, bias, out, activation, tile)
 
     largest, *others = linear.TILES[architecture]
     for activation in ("none", "gelu", "gelu_tanh"):
@@ -198,8 +233,9 @@ def _linear(architecture: int) -> Iterator[Case]:
     for tile in others:
         yield _case("linear", f"{_named(tile)} gelu", BFLOAT16, gemm, BFLOAT16, "gelu", tile)
     yield _case("linear", f"{_named(largest)} gelu", FLOAT16, gemm, FLOAT16, "gelu", largest)
-    yield _case("linear", "gelu", FLOAT32, gemm, FLOAT32, "gelu", None)
-    yield _case("linear", "gelu tf32", FLOAT32, gemm, FLOAT32, "gelu", None, True)
+    in_float32 = _case("linear", "gelu", FLOAT32, gemm, FLOAT32, "gelu", None)
+    yield in_float32
+    yield _in_tf32(in_float32)
 
 
 def _named(tile: linear.Tile) -> str:
@@ -231,17 +267,30 @@ def entries(architecture: int) -> Iterator[Entry]:
     for tile in (*linear.TILES[architecture], linear.SMALL):
         constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
         yield Entry("_linear_fwd_kernel", constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+    of_half = attention_tiled.HALF[architecture], False, "ieee"
+    for tiles, reload, precision in (
+        of_half,
+        (attention_tiled.IEEE, True, "ieee"),
+        (attention_tiled.TF32, False, "tf32"),
+    ):
+        for size, of_size in tiles.items():
+            for direction, tile in zip(("fwd", "dq", "dkv"), of_size, strict=True):
+                constants = {"QUERIES": tile.queries, "KEYS": tile.keys, "BLOCK_SIZE": size}
+                constants |= {"RELOAD": reload, "PRECISION": precision}
+                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                yield Entry(f"_varlen_attention_tiled_{direction}_kernel", constants, options)
 
 
 def unreached(architecture: int, launched: Collection[Kernel]) -> list[str]:
     """What of bertfast/kernels was not launched: lines of tables, whole kernels; and tables that `entries` lacks."""
     names = {k.name for k in launched}
+    known = norm.TILES, linear.TILES, *attention_tiled.HALF.values(), attention_tiled.IEEE, attention_tiled.TF32
     found = [f"no case launches {e}" for e in entries(architecture) if not any(e.is_of(k) for k in launched)]
     for module in _modules():
         for name, value in vars(module).items():
             if name.endswith("_kernel") and isinstance(value, JITFunction) and name not in names:
                 found.append(f"no case launches {module.__name__}.{name}")
-            if _is_table(value) and not any(value is known for known in (norm.TILES, linear.TILES)):
+            if _is_table(value) and not any(value is table for table in known):
                 found.append(f"cases.entries does not know {module.__name__}.{name}")
     return sorted(set(found))
 

@@ -97,12 +97,16 @@ def _widths(names: Counter[str], prefix: str) -> dict[int, int]:
 
 
 def _hot_loop(listed: list[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most matrix instructions, the longest of those with none."""
+    """The innermost loop with the most matrix instructions; where none has any, the longest loop with all inside it."""
     spans = []
     for i in listed:
         target = re.search(r"0x([0-9a-f]+)", i.operands) if i.name.startswith("BRA") else None
         if target and int(target[1], 16) < i.address:
             spans.append((int(target[1], 16), i.address))
     innermost = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    bodies = [[i for i in listed if begin <= i.address <= end] for begin, end in innermost]
-    return max(bodies, key=lambda b: (sum(i.name.startswith(_MATRIX) for i in b), len(b)), default=[])
+    products = {s: sum(s[0] <= i.address <= s[1] and i.name.startswith(_MATRIX) for i in listed) for s in innermost}
+    if any(products.values()):
+        begin, end = max(innermost, key=lambda span: products[span])
+    else:
+        begin, end = max(spans, key=lambda span: span[1] - span[0], default=(1, 0))
+    return [i for i in listed if begin <= i.address <= end]

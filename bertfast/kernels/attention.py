@@ -12,9 +12,7 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 products are calculated: as PyTorch has been told to, by the newer of its settings or the older."""
     settings = torch.backends.cuda.matmul
     tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32" if tf32 else "tf32x3"
+    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
 def _tiled(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed):
@@ -31,8 +29,8 @@ def varlen_attention_fwd(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, s
     out = qkv.new_empty(tokens, heads, size)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device) if save else None
     arguments = qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed
-    if attention_short.fits(qkv, max_seqlen, precision(qkv.dtype)):
-        attention_short.forward(*arguments, precision(qkv.dtype), out, lse)
+    if attention_short.fits(qkv, max_seqlen, backward=False):
+        attention_short.forward(*arguments, out, lse)
     else:
         attention_tiled.forward(_tiled(*arguments), out, lse)
     return out, lse
@@ -45,8 +43,8 @@ def varlen_attention_bwd(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, sca
     dout, out = dout.contiguous(), out.contiguous()
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     arguments = qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed
-    if attention_short.fits(qkv, max_seqlen, precision(qkv.dtype)):
-        attention_short.backward(*arguments, precision(qkv.dtype), dout, out, lse, dqkv)
+    if attention_short.fits(qkv, max_seqlen, backward=True):
+        attention_short.backward(*arguments, dout, out, lse, dqkv)
     else:
         attention_tiled.backward(_tiled(*arguments), dout, out, lse, *dqkv.unbind(1))
     return dqkv

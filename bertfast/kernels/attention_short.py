@@ -1,4 +1,4 @@
-"""Attention inside sequences of at most 128 tokens: all keys and values of a sequence at once, no online softmax.
+"""Attention inside sequences of at most 128 tokens, in half precision: all keys and values at once, no online softmax.
 
 A tile has 64 queries. Sequences of up to 64 tokens have one tile, and the shorter they are the more heads share it: one
 head of 33 to 64 tokens, two of 17 to 32, four of 16 or fewer stand behind one another in its rows and among its keys,
@@ -13,8 +13,6 @@ programs, so nothing is atomic and two runs give the same bits.
 Queries are the rows of every tile of scores, because then a thread draws dropout's random bits for keys of its own: see
 `dropout.kept_keys`. The probabilities reach the products that sum over queries by way of shared memory.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -67,9 +65,9 @@ def _places(head, heads, length, LONGEST: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(q, k, same, scale_log2, PRECISION: tl.constexpr):
+def _probabilities(q, k, same, scale_log2):
     """softmax(scale q k^T) over the keys that are `same`, not yet divided by the sums; the maxima and the sums."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     s = tl.where(same, s, float("-inf"))
     top = tl.max(s, 1) * scale_log2
     p = tl.exp2(s * scale_log2 - top[:, None])
@@ -98,7 +96,6 @@ def _varlen_attention_short_fwd_kernel(
     LONGEST: tl.constexpr,  # 16, 32, 64 or 128: no sequence is longer
     PARTS: tl.constexpr,  # the programs that share 128 queries, 1 or 2
     NEGATIVE: tl.constexpr,  # the scale is
-    PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
 ):
     program = tl.program_id(0)
     part, group = program % PARTS, program // PARTS % groups
@@ -117,11 +114,11 @@ def _varlen_attention_short_fwd_kernel(
             if NEGATIVE:
                 q = -q
             same = row_head[:, None] == tl.where(exists, row_head, -1)[None, :]
-            p, top, total = _probabilities(q, k, same, scale_log2, PRECISION)
+            p, top, total = _probabilities(q, k, same, scale_log2)
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, token, row_head, sequence, 0, shift, 64)
                 p = tl.where(kept, p, 0.0) * multiplier
-            o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
             store_rows(written, (token * heads + row_head) * SIZE, exists, o, SIZE, BLOCK_SIZE)
             if lse is not None:
                 to = lse + row_head.to(tl.int64) * tokens + (start + token)
@@ -137,11 +134,11 @@ def _varlen_attention_short_fwd_kernel(
             q = load_rows(rows, token * token_stride, exists, SIZE, BLOCK_SIZE)
             if NEGATIVE:
                 q = -q
-            p, top, total = _probabilities(q, k, (column < length)[None, :], scale_log2, PRECISION)
+            p, top, total = _probabilities(q, k, (column < length)[None, :], scale_log2)
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, token, token * 0 + head, sequence, 0, 6, 128)
                 p = tl.where(kept, p, 0.0) * multiplier
-            o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
             store_rows(written, (token * heads + head) * SIZE, exists, o, SIZE, BLOCK_SIZE)
             if lse is not None:
                 to = lse + head.to(tl.int64) * tokens + (start + token)
@@ -170,32 +167,28 @@ def drop(p, kept, multiplier):
 
 
 @triton.jit
-def no_sum(KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def no_sum(KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TURNED: tl.constexpr):
     """Zeros for `sum_over_queries` to begin with."""
-    if BLOCK_SIZE >= 64:
+    if TURNED:
         return tl.zeros((BLOCK_SIZE, KEYS), tl.float32)
     else:
         return tl.zeros((KEYS, BLOCK_SIZE), tl.float32)
 
 
 @triton.jit
-def sum_over_queries(total, scores, rows, PRECISION: tl.constexpr):
-    """total + scores^T rows, which is turned over: (BLOCK_SIZE, KEYS). `turn` gives it back.
-
-    So both factors lie in shared memory as they are, while scores^T would have to be loaded from there into registers.
-    But matrix units that do 64 rows at a time want 64 elements to a head.
-    """
+def sum_over_queries(total, scores, rows, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """total + scores^T rows, (keys, BLOCK_SIZE), or turned over, rows^T scores. `turn` gives it back."""
     scores = scores.to(rows.dtype)
-    if rows.shape[1] >= 64:
+    if TURNED:
         return tl.dot(tl.trans(rows), scores, total, input_precision=PRECISION)
     else:
         return tl.dot(tl.trans(scores), rows, total, input_precision=PRECISION)
 
 
 @triton.jit
-def turn(total, BLOCK_SIZE: tl.constexpr):
-    """(KEYS, BLOCK_SIZE) float32 of what `sum_over_queries` has summed."""
-    if BLOCK_SIZE >= 64:
+def turn(total, TURNED: tl.constexpr):
+    """(keys, BLOCK_SIZE) float32 of what `sum_over_queries` has summed."""
+    if TURNED:
         return tl.trans(total)
     else:
         return total
@@ -231,8 +224,8 @@ def _varlen_attention_short_bwd_kernel(
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LONGEST: tl.constexpr,  # 16, 32, 64 or 128: no sequence is longer
+    TURNED: tl.constexpr,  # how dk and dv are summed
     NEGATIVE: tl.constexpr,  # the scale is
-    PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
 ):
     program = tl.program_id(0)
     sequence, first, length = find_sequence(cu_seqlens, order, program // groups)
@@ -256,19 +249,19 @@ def _varlen_attention_short_bwd_kernel(
             from_lse = lse + row_head.to(tl.int64) * tokens + (start + token)
             sums = tl.load(from_lse, mask=exists, other=0.0) * LOG2_E
             same = row_head[:, None] == tl.where(exists, row_head, -1)[None, :]
-            nothing = no_sum(64, BLOCK_SIZE)
-            p = recompute(q, k, sums, same, None, scale_log2, PRECISION)
+            nothing = no_sum(64, BLOCK_SIZE, TURNED)
+            p = recompute(q, k, sums, same, None, scale_log2, "ieee")
             kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, token, row_head, sequence, 0, shift, 64)
-            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, PRECISION)
-            ds = differentiate(p, kept, multiplier, do, v, delta, PRECISION)
-            dk = sum_over_queries(nothing, ds, q, PRECISION)
-            dq = tl.dot(ds, k, input_precision=PRECISION)
+            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, TURNED, "ieee")
+            ds = differentiate(p, kept, multiplier, do, v, delta, "ieee")
+            dk = sum_over_queries(nothing, ds, q, TURNED, "ieee")
+            dq = tl.dot(ds, k, input_precision="ieee")
             at = (token * 3 * heads + row_head) * SIZE
             store_rows(gradients, at, exists, dq * scale, SIZE, BLOCK_SIZE)
-            store_rows(gradients + step, at, exists, turn(dk, BLOCK_SIZE) * tl.abs(scale), SIZE, BLOCK_SIZE)
-            store_rows(gradients + 2 * step, at, exists, turn(dv, BLOCK_SIZE), SIZE, BLOCK_SIZE)
+            store_rows(gradients + step, at, exists, turn(dk, TURNED) * tl.abs(scale), SIZE, BLOCK_SIZE)
+            store_rows(gradients + 2 * step, at, exists, turn(dv, TURNED), SIZE, BLOCK_SIZE)
     elif LONGEST > 64:
         query = tl.arange(0, 128)
         inside = query < length
@@ -287,34 +280,42 @@ def _varlen_attention_short_bwd_kernel(
             seen = column < length
             k = load_rows(rows + part_stride, column * token_stride, seen, SIZE, BLOCK_SIZE)
             v = load_rows(rows + 2 * part_stride, column * token_stride, seen, SIZE, BLOCK_SIZE)
-            nothing = no_sum(64, BLOCK_SIZE)
-            p = recompute(q, k, sums, seen[None, :], None, scale_log2, PRECISION)
+            nothing = no_sum(64, BLOCK_SIZE, TURNED)
+            p = recompute(q, k, sums, seen[None, :], None, scale_log2, "ieee")
             kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, 64)
-            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, PRECISION)
-            ds = differentiate(p, kept, multiplier, do, v, delta, PRECISION)
-            dk = sum_over_queries(nothing, ds, q, PRECISION)
-            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, TURNED, "ieee")
+            ds = differentiate(p, kept, multiplier, do, v, delta, "ieee")
+            dk = sum_over_queries(nothing, ds, q, TURNED, "ieee")
+            dq = tl.dot(ds, k, dq, input_precision="ieee")
             to = (column * 3 * heads + head) * SIZE
-            store_rows(gradients + step, to, seen, turn(dk, BLOCK_SIZE) * tl.abs(scale), SIZE, BLOCK_SIZE)
-            store_rows(gradients + 2 * step, to, seen, turn(dv, BLOCK_SIZE), SIZE, BLOCK_SIZE)
+            store_rows(gradients + step, to, seen, turn(dk, TURNED) * tl.abs(scale), SIZE, BLOCK_SIZE)
+            store_rows(gradients + 2 * step, to, seen, turn(dv, TURNED), SIZE, BLOCK_SIZE)
         store_rows(gradients, (query * 3 * heads + head) * SIZE, inside, dq * scale, SIZE, BLOCK_SIZE)
 
 
-class Short(NamedTuple):
-    """How the kernels are compiled for sequences of 65 to 128 tokens."""
-
-    warps: int
-    registers: int | None = None  # that a thread may have, so that more programs fit on a multiprocessor
+def exponent_scale(scale: float) -> float:
+    """What makes exponents of 2 of the products q k^T. It is not 0, which -inf must not be multiplied by."""
+    return max(abs(scale) * LOG2_E.value, 1e-30)
 
 
-def fits(qkv: Tensor, max_seqlen: int, precision: str) -> bool:
-    """Whether these kernels are for sequences of at most this length."""
-    return max_seqlen <= 128 and (qkv.dtype != torch.float32 or precision == "tf32")
+def turned(architecture: int, size: int) -> bool:
+    """Whether sums over the queries are calculated turned over.
+
+    Then both factors lie in shared memory as they are, which the matrix units of Hopper and later read from there. But
+    they take 64 rows at a time, here elements of a head. Others take factors from registers, to which it makes no odds.
+    """
+    return architecture >= 90 and size > 32
 
 
-def _settings(qkv, max_seqlen, scale, dropout_p, seed, precision):
+def fits(qkv: Tensor, max_seqlen: int, backward: bool) -> bool:
+    """Whether these kernels are for sequences of at most this length: whether registers hold what they have at once."""
+    longest = 128 if qkv.shape[3] <= 64 else 0 if backward else 64
+    return qkv.dtype != torch.float32 and max_seqlen <= longest
+
+
+def _settings(qkv, max_seqlen, scale, dropout_p, seed):
     """The arguments that both kernels are given by name."""
     heads, size = qkv.shape[2:]
     longest = max(16, triton.next_power_of_2(max_seqlen))
@@ -326,32 +327,40 @@ def _settings(qkv, max_seqlen, scale, dropout_p, seed, precision):
         "token_stride": qkv.stride(0),
         "part_stride": qkv.stride(1),
         "head_stride": qkv.stride(2),
-        "scale_log2": abs(scale) * LOG2_E.value,
+        "scale_log2": exponent_scale(scale),
         "threshold": threshold,
         "multiplier": multiplier,
         "SIZE": size,
         "BLOCK_SIZE": max(16, triton.next_power_of_2(size)),
         "LONGEST": longest,
         "NEGATIVE": scale < 0,
-        "PRECISION": precision,
     }
 
 
-def forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, precision, out, lse):
+def forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, out, lse):
     """Fills out and, where it is one, lse."""
-    settings = _settings(qkv, max_seqlen, scale, dropout_p, seed, precision)
+    settings = _settings(qkv, max_seqlen, scale, dropout_p, seed)
     programs = (cu_seqlens.shape[0] - 1) * settings["groups"]
     parts = 2 if settings["LONGEST"] == 128 and programs < 2 * hardware.multiprocessors(qkv.device) else 1
+    # The compiler draws random numbers ahead of their use into whatever registers there are. With these, three programs
+    # fit on a multiprocessor whose shared memory holds as many; heads of another size would spill.
+    roomy = hardware.architecture(qkv.device) in (80, 90, 100)
+    limited = roomy and settings["LONGEST"] == 128 and settings["BLOCK_SIZE"] == 64 and seed is not None
+    limit = {"maxnreg": 168} if limited else {}
     _varlen_attention_short_fwd_kernel[(programs * parts,)](
-        qkv, cu_seqlens, order, seed, out, lse, **settings, PARTS=parts, num_warps=4
+        qkv, cu_seqlens, order, seed, out, lse, **settings, PARTS=parts, num_warps=4, **limit
     )
 
 
-def backward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, precision, dout, out, lse, dqkv):
+def backward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, dout, out, lse, dqkv):
     """Fills dqkv."""
-    settings = _settings(qkv, max_seqlen, scale, dropout_p, seed, precision)
+    settings = _settings(qkv, max_seqlen, scale, dropout_p, seed)
     programs = (cu_seqlens.shape[0] - 1) * settings["groups"]
     warps = 8 if settings["LONGEST"] == 128 else 4
     _varlen_attention_short_bwd_kernel[(programs,)](
-        dout, qkv, cu_seqlens, order, seed, out, lse, dqkv, scale=scale, **settings, num_warps=warps
+        *(dout, qkv, cu_seqlens, order, seed, out, lse, dqkv),
+        scale=scale,
+        TURNED=turned(hardware.architecture(qkv.device), qkv.shape[3]),
+        **settings,
+        num_warps=warps,
     )

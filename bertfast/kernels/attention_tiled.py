@@ -1,8 +1,8 @@
 """Attention of any length, tile by tile: inside the sequences of a packed batch, or over rectangles with a mask.
 
 Forward: a program has some queries and goes through the keys. With m the largest score so far, l the sum of 2^(s - m)
-and O the sum of 2^(s - m) v, a new tile multiplies l and O by 2^(m_old - m_new) before it adds its own. Sources: Milakov
-& Gimelshein 2018, "Online normalizer calculation for softmax"; Dao 2023, "FlashAttention-2".
+and O the sum of 2^(s - m) v, a new tile multiplies l and O by 2^(m_old - m_new) before it adds its own. Sources:
+Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; Dao 2023, "FlashAttention-2".
 
 Backward: probabilities come back from the log-sum-exp. One kernel goes through the keys for dQ, and on its way leaves
 delta = rowsum(dO O) = rowsum(P dP) for the other, which goes through the queries for dK and dV. That is two products
@@ -24,6 +24,7 @@ from bertfast.kernels.attention_short import (
     LOG2_E,
     differentiate,
     drop,
+    exponent_scale,
     find_sequence,
     load_rows,
     no_sum,
@@ -31,6 +32,7 @@ from bertfast.kernels.attention_short import (
     store_rows,
     sum_over_queries,
     turn,
+    turned,
 )
 
 
@@ -128,9 +130,7 @@ def _attend(
         shrink = tl.exp2(top - finite)
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
-        kept = dropout.kept_keys(
-            tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, KEYS
-        )
+        kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, KEYS)
         p = tl.where(kept, p, 0.0) * multiplier
     v = load_rows(v_rows + skip * v_stride, column * v_stride, seen, SIZE, BLOCK_SIZE)
     o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
@@ -201,7 +201,9 @@ def _varlen_attention_tiled_fwd_kernel(
         for first_key in tl.range(0, whole, KEYS):
             here = queried
             if RELOAD:
-                here = _load_queries(q_rows, row * q_row_stride, exists & (first_key < keys), SIZE, BLOCK_SIZE, NEGATIVE)
+                here = _load_queries(
+                    q_rows, row * q_row_stride, exists & (first_key < keys), SIZE, BLOCK_SIZE, NEGATIVE
+                )
             o, top, total = _attend(
                 here, k_rows, v_rows, o, top, total, query, first_key, keys, k_row_stride, v_row_stride,
                 mask, queries, mask_row_stride, mask_column_stride, seed, head, sequence, scale_log2,
@@ -346,7 +348,7 @@ def _varlen_attention_tiled_dq_kernel(
         o = load_rows(o_rows, row * out_row_stride, exists, SIZE, BLOCK_SIZE)
         differences = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         at = _begin(lse, first + begin, sequence, head, lse_batch_stride, 1, lse_head_stride)
-        sums = tl.load(at + row, mask=exists, other=float("inf")) * LOG2_E
+        sums = tl.load(at + row, mask=exists, other=0.0) * LOG2_E
         to = _begin(delta, first + begin, sequence, head, lse_batch_stride, 1, lse_head_stride)
         tl.store(to + row, differences, mask=exists)
         total = tl.zeros((QUERIES, BLOCK_SIZE), tl.float32)
@@ -419,6 +421,7 @@ def _varlen_attention_tiled_dkv_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    TURNED: tl.constexpr,  # how dk and dv are summed
     RELOAD: tl.constexpr,  # at every step what stays the same: registers do not hold it
     NEGATIVE: tl.constexpr,  # the scale is
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
@@ -440,7 +443,7 @@ def _varlen_attention_tiled_dkv_kernel(
             mask += sequence.to(tl.int64) * mask_batch_stride + head.to(tl.int64) * mask_head_stride
         keyed = load_rows(k_rows, column * k_row_stride, exists, SIZE, BLOCK_SIZE)
         valued = load_rows(v_rows, column * v_row_stride, exists, SIZE, BLOCK_SIZE)
-        k_total, v_total = no_sum(KEYS, BLOCK_SIZE), no_sum(KEYS, BLOCK_SIZE)
+        k_total, v_total = no_sum(KEYS, BLOCK_SIZE, TURNED), no_sum(KEYS, BLOCK_SIZE, TURNED)
         for first_query in tl.range(0, queries, QUERIES):
             query = first_query + row
             inside = query < queries
@@ -454,8 +457,8 @@ def _varlen_attention_tiled_dkv_kernel(
                 k_here = load_rows(k_rows, column * k_row_stride, always, SIZE, BLOCK_SIZE)
                 v_here = load_rows(v_rows, column * v_row_stride, always, SIZE, BLOCK_SIZE)
             do = load_rows(do_rows + skip * out_row_stride, row * out_row_stride, inside, SIZE, BLOCK_SIZE)
-            # Queries that are not there see nothing: 2^(s - inf). Keys that are not there are not written.
-            sums = tl.load(from_lse + query, mask=inside, other=float("inf")) * LOG2_E
+            # Queries that are not there have dO = delta = 0, and keys that are not there are not written.
+            sums = tl.load(from_lse + query, mask=inside, other=0.0) * LOG2_E
             differences = tl.load(from_delta + query, mask=inside, other=0.0)
             bias = None
             if mask is not None:
@@ -464,13 +467,13 @@ def _varlen_attention_tiled_dkv_kernel(
             kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, begin, 6, KEYS)
-            v_total = sum_over_queries(v_total, drop(p, kept, multiplier), do, PRECISION)
+            v_total = sum_over_queries(v_total, drop(p, kept, multiplier), do, TURNED, PRECISION)
             ds = differentiate(p, kept, multiplier, do, v_here, differences, PRECISION)
-            k_total = sum_over_queries(k_total, ds, queried, PRECISION)
+            k_total = sum_over_queries(k_total, ds, queried, TURNED, PRECISION)
         to_k = _begin(dk, first + begin, sequence, head, dk_batch_stride, dk_row_stride, dk_head_stride)
-        store_rows(to_k, column * dk_row_stride, exists, turn(k_total, BLOCK_SIZE) * tl.abs(scale), SIZE, BLOCK_SIZE)
+        store_rows(to_k, column * dk_row_stride, exists, turn(k_total, TURNED) * tl.abs(scale), SIZE, BLOCK_SIZE)
         to_v = _begin(dv, first + begin, sequence, head, dk_batch_stride, dk_row_stride, dk_head_stride)
-        store_rows(to_v, column * dk_row_stride, exists, turn(v_total, BLOCK_SIZE), SIZE, BLOCK_SIZE)
+        store_rows(to_v, column * dk_row_stride, exists, turn(v_total, TURNED), SIZE, BLOCK_SIZE)
 
 
 class Tile(NamedTuple):
@@ -480,7 +483,6 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
-    registers: int | None = None  # that a thread may have, so that more programs fit on a multiprocessor
 
 
 class Tiles(NamedTuple):
@@ -489,18 +491,45 @@ class Tiles(NamedTuple):
     dkv: Tile
 
 
-IEEE = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-HALF = {
+# What fits into shared memory and registers without spills, with dropout too, by architecture and head size. Larger
+# tiles load keys and values less often. Where a sequence of up to 128 tokens has one tile of keys it gets the bits that
+# attention_short.py gives it.
+_AMPERE = {
     32: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    64: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    64: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    128: Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
+}
+_HOPPER = {
+    32: Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    64: Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+}
+HALF: dict[int, dict[int, Tiles]] = {80: _AMPERE, 90: _HOPPER}
+TF32: dict[int, dict[int, Tiles]] = {
+    80: {
+        32: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+        64: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        128: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    90: {
+        32: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+        64: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+        128: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+    },
+}
+# On the ordinary units, which take both factors from registers.
+IEEE: dict[int, Tiles] = {
+    32: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    64: Tiles(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    128: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
 }
 
 
 def choose(architecture: int, dtype: torch.dtype, block_size: int, precision: str) -> Tiles:
-    if dtype == torch.float32 and precision == "ieee":
-        return IEEE
-    return HALF[max(32, block_size)]
+    """The tiles of the three kernels."""
+    known = 90 if architecture >= 90 else 80
+    by_size = HALF[known] if dtype != torch.float32 else TF32[known] if precision == "tf32" else IEEE
+    return by_size[max(32, block_size)]
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -548,20 +577,19 @@ class Attention(NamedTuple):
         size = self.q.shape[-1]
         threshold, multiplier = dropout.settings(self.dropout_p, self.seed)
         return {
-            "scale_log2": abs(self.scale) * LOG2_E.value,
+            "scale_log2": exponent_scale(self.scale),
             "threshold": threshold,
             "multiplier": multiplier,
             "SIZE": size,
             "BLOCK_SIZE": max(16, triton.next_power_of_2(size)),
-            "RELOAD": self.q.dtype == torch.float32,
+            "RELOAD": self.q.dtype == torch.float32 and (self.precision == "ieee" or size > 64),
             "NEGATIVE": self.scale < 0,
             "PRECISION": self.precision,
         }
 
 
 def _compiled(tile: Tile) -> dict[str, int]:
-    registers = {} if tile.registers is None else {"maxnreg": tile.registers}
-    return {"QUERIES": tile.queries, "KEYS": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages, **registers}
+    return {"QUERIES": tile.queries, "KEYS": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def forward(a: Attention, out: Tensor, lse: Tensor | None) -> None:
@@ -594,6 +622,7 @@ def backward(a: Attention, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, d
         *(a.heads, blocks, a.queries, a.keys),
         *(*_strides(a.q), *_strides(a.k), *_strides(a.v), *_strides(out), *_strides(dk)),
         *(*a.lse_strides(), *a.mask_strides(), a.scale),
+        TURNED=turned(hardware.architecture(a.q.device), a.q.shape[-1]),
         **a.settings(),
         **_compiled(tiles.dkv),
     )

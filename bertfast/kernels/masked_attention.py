@@ -20,7 +20,7 @@ def _attention(q, k, v, mask, scale, dropout_p, seed):
 
 
 def masked_attention_fwd(q, k, v, mask, scale, dropout_p, seed, save):
-    """(out, lse): softmax(scale q k^T + mask) v, and the log-sum-exp (inf where it is of nothing) where it is wanted."""
+    """(out, lse): softmax(scale q k^T + mask) v, and the log-sum-exp, inf for no key, where it is to be saved."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if save else None
     attention_tiled.forward(_attention(q, k, v, mask, scale, dropout_p, seed), out, lse)

@@ -1,5 +1,5 @@
-"""varlen_attention: softmax(q k^T / sqrt(D)) v inside each sequence of a packed batch. masked_attention: over rectangles,
-for whatever a mask says that borders cannot."""
+"""varlen_attention: softmax(q k^T / sqrt(D)) v inside each sequence of a packed batch. masked_attention: the same over
+rectangles, for what a mask can say and borders cannot."""
 
 import functools
 
