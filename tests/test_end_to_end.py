@@ -49,9 +49,7 @@ def forward_and_backward(model: bertfast.BertModel, dtype: torch.dtype, batch: P
     return {"out": out.detach(), **dict(zip((n for n, _ in model.named_parameters()), gradients, strict=True))}
 
 
-def check_against_the_reference(
-    model: bertfast.BertModel, dtype: torch.dtype, batch: PackedBatch, device: str
-) -> None:
+def check_against_the_reference(model: bertfast.BertModel, dtype: torch.dtype, batch: PackedBatch, device: str) -> None:
     """Run on the implementation that is forced, and compare by the policy for whole encoders."""
     model, batch = model.to(device), batch.to(device)
     actual = forward_and_backward(model, dtype, batch)

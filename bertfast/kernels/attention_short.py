@@ -344,7 +344,7 @@ def forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, out, lse
     parts = 2 if settings["LONGEST"] == 128 and programs < 2 * hardware.multiprocessors(qkv.device) else 1
     # The compiler draws random numbers ahead of their use into whatever registers there are. With these, three programs
     # fit on a multiprocessor whose shared memory holds as many; heads of another size would spill.
-    roomy = hardware.architecture(qkv.device) in (80, 90, 100)
+    roomy = hardware.architecture(qkv.device) in (80, 90)
     limited = roomy and settings["LONGEST"] == 128 and settings["BLOCK_SIZE"] == 64 and seed is not None
     limit = {"maxnreg": 168} if limited else {}
     _varlen_attention_short_fwd_kernel[(programs * parts,)](
