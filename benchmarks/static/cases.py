@@ -267,11 +267,11 @@ def entries(architecture: int) -> Iterator[Entry]:
     for tile in (*linear.TILES[architecture], linear.SMALL):
         constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
         yield Entry("_linear_fwd_kernel", constants, {"num_warps": tile.warps, "num_stages": tile.stages})
-    of_half = attention_tiled.HALF[architecture], False, "ieee"
+    generation = 90 if architecture >= 90 else 80
     for tiles, reload, precision in (
-        of_half,
+        (attention_tiled.HALF[generation], False, "ieee"),
         (attention_tiled.IEEE, True, "ieee"),
-        (attention_tiled.TF32, False, "tf32"),
+        (attention_tiled.TF32[generation], False, "tf32"),
     ):
         for size, of_size in tiles.items():
             for direction, tile in zip(("fwd", "dq", "dkv"), of_size, strict=True):
@@ -284,7 +284,8 @@ def entries(architecture: int) -> Iterator[Entry]:
 def unreached(architecture: int, launched: Collection[Kernel]) -> list[str]:
     """What of bertfast/kernels was not launched: lines of tables, whole kernels; and tables that `entries` lacks."""
     names = {k.name for k in launched}
-    known = norm.TILES, linear.TILES, *attention_tiled.HALF.values(), attention_tiled.IEEE, attention_tiled.TF32
+    of_attention = attention_tiled.HALF, *attention_tiled.HALF.values(), attention_tiled.TF32, attention_tiled.IEEE
+    known = norm.TILES, linear.TILES, *of_attention, *attention_tiled.TF32.values()
     found = [f"no case launches {e}" for e in entries(architecture) if not any(e.is_of(k) for k in launched)]
     for module in _modules():
         for name, value in vars(module).items():
