@@ -109,6 +109,16 @@ def test_large_scores_and_other_scales(lengths, scale):
     check(lengths, 2, 32, FLOAT16, scale=scale, magnitude=2.0 if scale == 3.0 else 1.0)
 
 
+@pytest.mark.parametrize("lengths", [[40], [100], [130]], ids=str)
+def test_scores_far_below_zero(lengths):
+    # 0, the score of a key that is not there, would be infinitely more probable than all that are.
+    qkv, dout = make(lengths, 1, 32, BFLOAT16)
+    qkv[:, 0], qkv[:, 1] = qkv[:, 0] / 8 + 6, qkv[:, 1] / 8 - 6
+    out, _, dqkv = run(qkv, dout, lengths)
+    parity.check(out, reference.varlen_attention(qkv.double(), borders(lengths)), plain(qkv, dout, lengths)[0])
+    assert dqkv.isfinite().all()
+
+
 @pytest.mark.parametrize("threshold", [1, 6554, 60000])
 @pytest.mark.parametrize(
     ("lengths", "longest"), [([16, 9, 2], 16), ([32, 20], 32), ([64, 5], 64), ([128, 70, 33], 128), ([150], 150)]

@@ -505,6 +505,11 @@ _HOPPER = {
     128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
 }
 HALF: dict[int, dict[int, Tiles]] = {80: _AMPERE, 90: _HOPPER}
+# With a mask, which takes registers of its own, for all head sizes.
+MASKED: dict[int, Tiles] = {
+    80: Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1)),
+    90: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
+}
 TF32: dict[int, dict[int, Tiles]] = {
     80: {
         32: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
@@ -525,9 +530,11 @@ IEEE: dict[int, Tiles] = {
 }
 
 
-def choose(architecture: int, dtype: torch.dtype, block_size: int, precision: str) -> Tiles:
+def choose(architecture: int, dtype: torch.dtype, block_size: int, precision: str, masked: bool = False) -> Tiles:
     """The tiles of the three kernels."""
     known = 90 if architecture >= 90 else 80
+    if masked and dtype != torch.float32:
+        return MASKED[known]
     by_size = HALF[known] if dtype != torch.float32 else TF32[known] if precision == "tf32" else IEEE
     return by_size[max(32, block_size)]
 
@@ -562,7 +569,8 @@ class Attention(NamedTuple):
 
     def tiles(self) -> Tiles:
         block_size = self.settings()["BLOCK_SIZE"]
-        return choose(hardware.architecture(self.q.device), self.q.dtype, block_size, self.precision)
+        architecture, masked = hardware.architecture(self.q.device), self.mask is not None
+        return choose(architecture, self.q.dtype, block_size, self.precision, masked)
 
     def lse_strides(self) -> tuple[int, int]:
         """From sequence to sequence, and from head to head."""
