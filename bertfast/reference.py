@@ -358,13 +358,25 @@ def masked_attention_backward(
     return [gradient.to(q.dtype) for gradient in gradients]
 
 
-def _masked_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q k^T + mask), with rows of zeros where every score is -inf."""
+def masked_attention_lse(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """log sum exp(scale q k^T + mask) over the keys, (B, A, Sq) float32: inf where a query sees none."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    lse = torch.logsumexp(_masked_scores(*_wide(q, k), mask, scale), dim=-1)
+    return lse.masked_fill(lse == -math.inf, math.inf).float()
+
+
+def _masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """scale q k^T + mask, -inf where a query does not see a key."""
     scores = (q @ k.transpose(2, 3)) * scale
     if mask is None:
-        return torch.softmax(scores, dim=-1)
+        return scores
     masked = ~mask if mask.dtype == torch.bool else mask < -1e30
-    scores = (scores if mask.dtype == torch.bool else scores + mask.to(scores.dtype)).masked_fill(masked, -math.inf)
+    return (scores if mask.dtype == torch.bool else scores + mask.to(scores.dtype)).masked_fill(masked, -math.inf)
+
+
+def _masked_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask), with rows of zeros where every score is -inf."""
+    scores = _masked_scores(q, k, mask, scale)
     empty = (scores == -math.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from bertfast import reference
+from bertfast import backend, reference
 from bertfast.ops import masked_attention
 
 
@@ -191,3 +191,15 @@ def test_bad_input():
         masked_attention(q, k, v, torch.zeros(4, 5, requires_grad=True))
     with pytest.raises(ValueError, match="dropout_p"):
         masked_attention(q, k, v, dropout_p=1.0)
+
+
+def test_a_backward_on_another_backend_than_the_forward(triton_device):
+    q, k, v = (torch.randn(2, 2, 9, 32, device=triton_device) for _ in range(3))
+    mask = torch.rand(2, 1, 9, 9, device=triton_device) < 0.7
+    mask[0, 0, 3] = False
+    dout, gold = torch.randn_like(q), reference.masked_attention_backward
+    with backend.use("reference"):
+        out, lse = torch.ops.bertfast.masked_attention(q, k, v, mask, 0.3, 0.0, None)
+    mixed = torch.ops.bertfast.masked_attention_backward(dout, q, k, v, mask, out, lse, 0.3, 0.0, None)
+    for ours, theirs in zip(mixed, gold(dout, q, k, v, mask, 0.3), strict=True):
+        torch.testing.assert_close(ours, theirs)

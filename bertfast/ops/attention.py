@@ -284,9 +284,8 @@ def _check_mask(mask: Tensor, q: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _reference_masked_forward(q, k, v, mask, scale, dropout_p, seed, save):
-    # The backward of the reference computes the probabilities anew and wants no log-sum-exp.
     out = reference.masked_attention(q, k, v, mask, scale, dropout_p, seed)
-    return out.contiguous(), q.new_zeros(q.shape[:3], dtype=torch.float32) if save else None
+    return out.contiguous(), reference.masked_attention_lse(q, k, mask, scale) if save else None
 
 
 def _reference_masked_backward(dout, q, k, v, mask, out, lse, scale, dropout_p, seed):
