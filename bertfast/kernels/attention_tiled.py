@@ -525,7 +525,7 @@ TF32: dict[int, dict[int, Tiles]] = {
 # On the ordinary units, which take both factors from registers.
 IEEE: dict[int, Tiles] = {
     32: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    64: Tiles(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    64: Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     128: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
 }
 
