@@ -248,12 +248,14 @@ class Entry(NamedTuple):
     kernel: str
     constants: dict[str, Any]
     options: dict[str, int]
+    types: tuple[tuple[str, str], ...] = ()  # of arguments, as Triton writes them
 
     def is_of(self, kernel: Kernel) -> bool:
         return (
             kernel.name == self.kernel
             and all(kernel.constants.get(name) == value for name, value in self.constants.items())
             and all(getattr(kernel.options, name) == value for name, value in self.options.items())
+            and all(kernel.source.signature[name] == kind for name, kind in self.types)
         )
 
 
@@ -268,24 +270,22 @@ def entries(architecture: int) -> Iterator[Entry]:
         constants = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
         yield Entry("_linear_fwd_kernel", constants, {"num_warps": tile.warps, "num_stages": tile.stages})
     generation = 90 if architecture >= 90 else 80
-    for tiles, reload, precision in (
-        (attention_tiled.HALF[generation], False, "ieee"),
-        (attention_tiled.IEEE, True, "ieee"),
-        (attention_tiled.TF32[generation], False, "tf32"),
-    ):
-        for size, of_size in tiles.items():
-            for direction, tile in zip(("fwd", "dq", "dkv"), of_size, strict=True):
-                constants = {"QUERIES": tile.queries, "KEYS": tile.keys, "BLOCK_SIZE": size}
-                constants |= {"RELOAD": reload, "PRECISION": precision}
+    half, masked = attention_tiled.HALF[generation], {64: attention_tiled.MASKED[generation]}
+    float32 = (attention_tiled.IEEE, "*fp32", "ieee"), (attention_tiled.TF32[generation], "*fp32", "tf32")
+    for table, kind, precision in ((half, "*bf16", "ieee"), (masked, "*bf16", "ieee"), *float32):
+        for size, tiles in table.items():
+            for direction, tile in zip(("fwd", "dq", "dkv"), tiles, strict=True):
+                constants = {"QUERIES": tile.queries, "KEYS": tile.keys, "BLOCK_SIZE": size, "PRECISION": precision}
                 options = {"num_warps": tile.warps, "num_stages": tile.stages}
-                yield Entry(f"_varlen_attention_tiled_{direction}_kernel", constants, options)
+                yield Entry(f"_varlen_attention_tiled_{direction}_kernel", constants, options, (("q", kind),))
 
 
 def unreached(architecture: int, launched: Collection[Kernel]) -> list[str]:
     """What of bertfast/kernels was not launched: lines of tables, whole kernels; and tables that `entries` lacks."""
     names = {k.name for k in launched}
-    of_attention = attention_tiled.HALF, *attention_tiled.HALF.values(), attention_tiled.TF32, attention_tiled.IEEE
-    known = norm.TILES, linear.TILES, *of_attention, *attention_tiled.TF32.values()
+    of_attention = [attention_tiled.HALF, attention_tiled.TF32, attention_tiled.IEEE, attention_tiled.MASKED]
+    of_attention += [table for by_gpu in of_attention[:2] for table in by_gpu.values()]
+    known = norm.TILES, linear.TILES, *of_attention
     found = [f"no case launches {e}" for e in entries(architecture) if not any(e.is_of(k) for k in launched)]
     for module in _modules():
         for name, value in vars(module).items():
