@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks.gpu import cases
+from benchmarks.cases import lists
 from bertfast import backend
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     """Run the small cases; returns the exit code: 1 where one raises anything but a refusal."""
     name, device = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "cuda"
     failed = 0
-    for case in cases.small(device):
+    for case in lists.small(device):
         try:
             with backend.use(name):
                 for result in case.results(case.ours, case.inputs(0)):

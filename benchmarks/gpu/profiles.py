@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import cases
-from benchmarks.gpu.cases import Case
+from benchmarks.cases import lists
+from benchmarks.cases.case import Case
 from benchmarks.gpu.plan import Context, Item
 from bertfast import backend
 
@@ -33,7 +33,7 @@ def items(context: Context) -> Iterator[Item]:
 
 def worst(context: Context) -> list[tuple[Case, str]]:
     """Those with the smallest share of the roofline in half precision, at sizes that fill the card."""
-    known = {case.key: case for case in cases.all_cases(context.device, context.quick)}
+    known = {case.key: case for case in lists.all_cases(context.device, context.quick)}
     shares = []
     for record in context.results.read("ops"):
         best = record.get("best")
@@ -88,7 +88,7 @@ def nsight(case: Case, name: str) -> dict[str, Any]:
 def main() -> int:
     """One call between the profiler's start and stop: what Nsight Compute is run on."""
     key, name = sys.argv[1:3]
-    case = next(c for c in cases.all_cases("cuda", False) if c.key == key)
+    case = next(c for c in lists.all_cases("cuda", False) if c.key == key)
     with backend.use(name):
         call = case.call(case.ours, case.inputs(0))
         call()
