@@ -1,0 +1,335 @@
+"""The tables, before anybody decides how they look: what stands in each cell, and what it is sorted by."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from benchmarks.report import words
+from benchmarks.report.lines import BASELINE, CURVES, OURS, PRECISIONS, UNPACKED, Line, Lines, machine, measured
+
+
+class Cell(NamedTuple):
+    """What a reader sees, what the column is sorted by (None: below all others), and what belongs to it."""
+
+    text: str
+    value: float | str | None = None
+    detail: str = ""  # behind the text, less prominent
+    strong: bool = False
+    note: str = ""  # below the table, with a number here
+
+
+NOTHING = Cell("")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, what has to be said above it, and what below it."""
+
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers in the cells refer to, each once."""
+        return list(dict.fromkeys(cell.note for row in self.rows for cell in row if cell.note))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured on one workload in one precision, by peer: the newest line of each."""
+
+    lines: Lines
+    by_peer: dict[str, Line]
+
+    @property
+    def any(self) -> Line:
+        """A line of the row, a measured one where there is one."""
+        return next(filter(measured, self.by_peer.values()), next(iter(self.by_peer.values())))
+
+    @property
+    def name(self) -> str:
+        """The workload's. Lines that were not measured do not know how full it is; those of other precisions may."""
+        same = {field: self.any[field] for field in ("workload", "model", "head")}
+        return words.workload(next(iter(self.lines.where(**same, status="measured")), self.any))
+
+    @property
+    def ours(self) -> Line:
+        """bertfast's line."""
+        return self.by_peer[OURS]
+
+    @property
+    def stock(self) -> Line | None:
+        """Hugging Face's, of the same run as bertfast's."""
+        return self.lines.baseline(self.ours)
+
+
+def tabled(lines: Lines, **fields: str) -> list[Line]:
+    """The newest lines with these fields, but for those of the curves, which are left to the plots."""
+    return [line for line in lines.where(**fields) if line["workload"] not in CURVES]
+
+
+def rows(lines: Lines, **fields: str) -> list[Row]:
+    """The lines with these fields by workload and precision, the precisions of a workload one below the other."""
+    found: dict[tuple, dict[str, dict[str, Line]]] = {}
+    for line in tabled(lines, **fields):
+        workload = found.setdefault((line["workload"], line["model"], line["head"]), {})
+        workload.setdefault(line["precision"], {})[line["peer"]] = line
+    return [
+        Row(lines, workload[precision])
+        for workload in found.values()
+        for precision in sorted(workload, key=PRECISIONS.index)
+    ]
+
+
+def main(lines: Lines) -> list[Table]:
+    """bertfast against Hugging Face, inference: a table for each device."""
+    caption = (
+        "One forward {where}: Hugging Face with sdpa against the same model patched, in the same precision. "
+        "Interleaved rounds, ratio of medians with its 95 % interval. Errors are the largest of the output on valid "
+        "tokens against the same weights in GOLD; memory is the peak of a forward's tensors against Hugging Face's. "
+        "Why a goal is missed stands in benchmarks/NOTES.md."
+    )
+    columns = {
+        "workload": workload,
+        "dtype": precision,
+        "Hugging Face": stock_time,
+        "bertfast": our_time,
+        "speed-up": our_speedup,
+        "goal": goal,
+        "without packed weights": unpacked_speedup,
+        "error: Hugging Face / bertfast": errors,
+        "memory": memory,
+    }
+    return against_stock(lines, "inference", caption, columns)
+
+
+def training(lines: Lines) -> list[Table]:
+    """The same for training steps, with what the other peers reach."""
+    caption = (
+        "One training step {where}: Hugging Face with sdpa against the same model patched, in the same precision. "
+        "Interleaved rounds, ratio of medians with its 95 % interval; the other columns are speed-ups over Hugging "
+        "Face too, and memory is the peak of a step's tensors against Hugging Face's."
+    )
+    columns = {
+        "workload": workload,
+        "dtype": precision,
+        "Hugging Face": stock_time,
+        "bertfast": our_time,
+        "speed-up": our_speedup,
+        "goal": goal,
+        "memory": memory,
+    }
+    for peer in others(tabled(lines, benchmark="training")):
+        columns[peer] = lambda row, peer=peer: speedup(row.by_peer.get(peer))
+    return against_stock(lines, "training", caption, columns)
+
+
+def against_stock(lines: Lines, benchmark: str, caption: str, columns: dict[str, Callable[[Row], Cell]]) -> list[Table]:
+    """A table for each device, with a row for each line of bertfast's, which may say why there is nothing in it."""
+    tables = []
+    for device in lines.devices(benchmark=benchmark, peer=OURS):
+        cells = []
+        for row in rows(lines, benchmark=benchmark, device=device):
+            if OURS not in row.by_peer:
+                continue
+            if measured(row.ours):
+                cells.append(tuple(column(row) for column in columns.values()))
+            else:
+                known = {"workload": workload(row), "dtype": precision(row), "bertfast": missing(row.ours)}
+                cells.append(tuple(known.get(title, NOTHING) for title in columns))
+        where = setting(lines, tabled(lines, benchmark=benchmark, device=device, peer=OURS), device)
+        tables.append(Table(device, caption.format(where=where), tuple(columns), cells))
+    return tables
+
+
+def peers(lines: Lines) -> list[Table]:
+    """Every engine's speed-up: a table for each device and precision, with a row for each workload."""
+    tables = []
+    for device in lines.devices(benchmark="inference"):
+        for word in PRECISIONS:
+            mine = tabled(lines, benchmark="inference", device=device, precision=word)
+            names = [OURS] * any(line["peer"] == OURS and measured(line) for line in mine) + others(mine)
+            if not names:
+                continue
+            stock = word if any(line["peer"] == BASELINE and measured(line) for line in mine) else "float32"
+            caption = f"Speed-up in {word} over Hugging Face with sdpa in {stock}, {setting(lines, mine, device)}."
+            absent = {
+                line["peer"]: why(line)
+                for line in mine
+                if not measured(line) and line["peer"] not in (*names, OURS, BASELINE, UNPACKED)
+            }
+            remarks = tuple(f"{name}: {reason}" for name, reason in absent.items())
+            here = rows(lines, benchmark="inference", device=device, precision=word)
+            cells = [peer_cells(row, names) for row in here]
+            tables.append(Table(f"{device}, {word}", caption, ("workload", BASELINE, *names), cells, remarks))
+    return tables
+
+
+def others(lines: Iterable[Line]) -> list[str]:
+    """The peers that measured something, but for bertfast and what it is compared with in columns of their own."""
+    names = dict.fromkeys(line["peer"] for line in lines if measured(line))
+    return [name for name in names if name not in (OURS, UNPACKED, BASELINE)]
+
+
+def peer_cells(row: Row, names: list[str]) -> tuple[Cell, ...]:
+    """The workload, the baseline's time and every peer's speed-up."""
+    stock = row.by_peer.get(BASELINE)
+    if stock is None or not measured(stock):
+        stock = row.lines.baseline(row.any) or stock
+    cells = [speedup(row.by_peer.get(name)) for name in names]
+    best = max((cell.value for cell in cells if cell.value is not None), default=None)
+    return (
+        workload(row),
+        median(stock),
+        *(cell._replace(strong=cell.value is not None and cell.value == best) for cell in cells),
+    )
+
+
+def workload(row: Row) -> Cell:
+    return Cell(row.name, row.name)
+
+
+def precision(row: Row) -> Cell:
+    return Cell(row.any["precision"], row.any["precision"])
+
+
+def median(line: Line | None) -> Cell:
+    """The median of a peer's rounds."""
+    if line is None or not measured(line):
+        return missing(line)
+    noise = line["noise"]
+    note = f"other processes took {words.percent(noise['others'])} of the processor time" if noise["noisy"] else ""
+    return Cell(words.duration(line["median_s"]), line["median_s"], note=note)
+
+
+def stock_time(row: Row) -> Cell:
+    return median(row.stock)
+
+
+def our_time(row: Row) -> Cell:
+    return median(row.ours)
+
+
+def speedup(line: Line | None) -> Cell:
+    """A peer's speed-up over the baseline."""
+    if line is None or not comparable(line):
+        return missing(line)
+    return Cell(words.times(line["speedup"]["value"]), line["speedup"]["value"])
+
+
+def our_speedup(row: Row) -> Cell:
+    """bertfast's, with its interval."""
+    line = row.ours
+    if not comparable(line):
+        return missing(line)
+    low, high = (words.times(line["speedup"][end]).removesuffix("×") for end in ("low", "high"))
+    return speedup(line)._replace(detail=f"({low}–{high})", strong=True)
+
+
+def goal(row: Row) -> Cell:
+    least = row.ours["goal"]
+    return Cell("–") if least is None else Cell(f"{least}×", least)
+
+
+def unpacked_speedup(row: Row) -> Cell:
+    return speedup(row.lines.beside(row.ours, UNPACKED))
+
+
+def errors(row: Row) -> Cell:
+    """The largest errors of Hugging Face and of bertfast."""
+    ours, stock = row.ours["error"]["max"], row.stock
+    other = f"{stock['error']['max']:.1e}" if stock else "–"
+    return Cell(f"{other} / {ours:.1e}", ours)
+
+
+def memory(row: Row) -> Cell:
+    """bertfast's peak of memory as a share of Hugging Face's."""
+    ours, stock = row.ours["peak_bytes"], row.stock
+    if not ours or not stock or not stock["peak_bytes"]:
+        return NOTHING
+    return Cell(words.percent(ours / stock["peak_bytes"]), ours / stock["peak_bytes"])
+
+
+def comparable(line: Line) -> bool:
+    """Whether the line has a speed-up over Hugging Face."""
+    return measured(line) and line["baseline"] == BASELINE and line["speedup"] is not None
+
+
+def missing(line: Line | None) -> Cell:
+    """A dash with the reason; nothing at all where nobody tried."""
+    return NOTHING if line is None else Cell("–", note=f"{line['peer']}: {why(line)}")
+
+
+def why(line: Line) -> str:
+    """Why a line has no numbers, or no speed-up over Hugging Face."""
+    if measured(line):
+        return f"measured, but not beside {BASELINE}"
+    reason = " ".join(line["reason"].split())
+    return reason if line["status"] == "skipped" else f"{line['status']}: {reason}"
+
+
+def everything(lines: Lines) -> Table:
+    """Every line that was measured, with all that it bears; columns that would be empty are left out."""
+    shown = [line for line in lines.where() if measured(line)]
+    columns = {title: [column(line) for line in shown] for title, column in EVERYTHING.items()}
+    columns = {title: cells for title, cells in columns.items() if any(cell.text for cell in cells)}
+    return Table("everything", "", tuple(columns), list(zip(*columns.values(), strict=True)))
+
+
+def text(name: str) -> Callable[[Line], Cell]:
+    """A column of words: a field as it stands."""
+    return lambda line: Cell(line[name], line[name])
+
+
+def number(name: str, show: Callable[[float], str]) -> Callable[[Line], Cell]:
+    """A column of numbers: a field, or part of one as in "error.max", as `show` shows it; empty where there is none."""
+
+    def column(line: Line) -> Cell:
+        value = line
+        for part in name.split("."):
+            value = None if value is None else value.get(part)
+        return NOTHING if value is None else Cell(show(value), value)
+
+    return column
+
+
+EVERYTHING: dict[str, Callable[[Line], Cell]] = {
+    "workload": lambda line: Cell(words.workload(line), words.workload(line)),
+    "peer": text("peer"),
+    "dtype": text("precision"),
+    "device": text("device"),
+    "median": number("median_s", words.duration),
+    "95 % from": number("low_s", words.duration),
+    "to": number("high_s", words.duration),
+    "p90": number("p90_s", words.duration),
+    "p99": number("p99_s", words.duration),
+    "rounds": lambda line: Cell(str(len(line["seconds"])), len(line["seconds"])),
+    "tokens/s": number("tokens_per_s", words.count),
+    "sequences/s": number("sequences_per_s", words.count),
+    "speed-up": number("speedup.value", words.times),
+    "largest error": number("error.max", "{:.1e}".format),
+    "mean error": number("error.mean", "{:.1e}".format),
+    "of the roofline": number("roofline_share", words.percent),
+    "memory": number("peak_bytes", words.size),
+    "device time": number("device_s", words.duration),
+    "energy": number("joules", "{:.3g} J".format),
+    "preparing": number("prepare_s", words.duration),
+    "first call": number("first_call_s", words.duration),
+    "other processes": number("noise.others", words.percent),
+    "run": text("run"),
+}
+
+
+def setting(lines: Lines, about: Iterable[Line], device: str) -> str:
+    """Where and with what these lines were measured: "on the CPU (AMD EPYC, 2 threads, PyTorch 2.13.0, …)"."""
+    environments = lines.runs(about)
+    places = dict.fromkeys(
+        f"{machine(e, device)}, PyTorch {e['versions']['torch']}, transformers {e['versions']['transformers']}"
+        for e in environments
+    )
+    commits = dict.fromkeys((e["commit"] or "unknown")[:12] for e in environments)
+    on = "on the CPU" if device == "cpu" else "on the GPU"
+    return f"{on} ({'; '.join(places)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)})"

@@ -1,0 +1,72 @@
+"""Names and numbers as people read them."""
+
+import re
+from typing import Any
+
+MODELS = {"base": "BERT-base", "large": "BERT-large", "minilm": "all-MiniLM-L6-v2 (real weights)"}
+KINDS = {" full": "", " ragged": "≤ "}  # what a workload's name says of its lengths, and how that is shown
+
+
+def model(name: str) -> str:
+    """A model's name, or that of a checkpoint's folder."""
+    return MODELS.get(name, name.rstrip("/").rsplit("/", 1)[-1])
+
+
+def workload(line: dict[str, Any]) -> str:
+    """The model, the workload's name, and how much of the rectangle is text: "BERT-base, 32 × ≤ 128, 42 % full"."""
+    name, longest = line["workload"], ""
+    for kind, sign in KINDS.items():
+        if name.endswith(kind):
+            name, longest = name.removesuffix(kind), sign
+    name = f"{model(line['model'])}, {crosses(name, longest)}"
+    if line.get("sequences", 1) == 1:
+        return name
+    full = "no padding" if line["tokens"] == line["padded"] else f"{percent(line['tokens'] / line['padded'])} full"
+    return f"{name}, {full}"
+
+
+def brief(line: dict[str, Any]) -> str:
+    """The same in a few characters."""
+    return crosses(line["workload"]) + ("" if line["model"] == "base" else f", {line['model']}")
+
+
+def crosses(name: str, longest: str = "") -> str:
+    """ "32x128" as "32 × 128"."""
+    return re.sub(r"(?<=\d)x(?=\d)", f" × {longest}", name)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def times(ratio: float) -> str:
+    """A ratio to three figures or so."""
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds, or seconds from ten of them on."""
+    return f"{1e3 * seconds:.{1 if seconds >= 0.01 else 2}f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def count(number: float) -> str:
+    """A whole number in groups of three, or to three figures where it is small."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def size(n: float) -> str:
+    """Bytes."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"
+
+
+def rate(per_second: float, unit: str) -> str:
+    """A rate in thousands, as in "215 GFLOP/s"."""
+    for prefix in ("", "k", "M", "G"):
+        if per_second < 1000:
+            return f"{per_second:.3g} {prefix}{unit}/s"
+        per_second /= 1000
+    return f"{per_second:.3g} T{unit}/s"
