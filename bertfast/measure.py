@@ -6,6 +6,7 @@ summarised by medians with confidence intervals, which one slow round does not m
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -18,9 +19,12 @@ import numpy as np
 
 from bertfast.machine import environment
 
-__all__ = ["Ratio", "Summary", "environment", "interleave", "peak_memory"]
+__all__ = ["PRECISION", "Ratio", "Summary", "converged", "environment", "interleave", "peak_memory"]
 
+PRECISION = 0.03  # a median known to 3 % is worth reporting
 _RESAMPLES = 1000
+_LEAST = 6  # measurements whose smallest and largest hold a 95 % interval of the median
+_EXACT = 4096  # measurements up to which ranks are counted exactly
 
 
 def interleave(
@@ -28,6 +32,8 @@ def interleave(
     *,
     rounds: int | None = None,
     seconds: float | None = None,
+    precision: float | None = None,
+    least: int = 1,
     warmup: int = 1,
     items: Sequence[Any] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -38,7 +44,10 @@ def interleave(
     Args:
         calls: what to time, by name. Which goes first moves on by one in every round.
         rounds: how many rounds; None for as many as fit the time.
-        seconds: begin no round after so many seconds of rounds; None for no limit. At least one round is run.
+        seconds: begin no round after so many seconds of rounds; None for no limit.
+        precision: stop before that once the median of every call is known to this share of it, see `converged`; with
+            items, after whole passes over them only.
+        least: rounds that are run however long they take.
         warmup: rounds that are run first and not timed.
         items: where given, round r hands items[r % len(items)] to every call; otherwise calls take no argument.
         clock: the time in seconds.
@@ -53,8 +62,11 @@ def interleave(
         raise ValueError("give rounds, seconds or both: otherwise this would never end")
     if (rounds is not None and rounds < 1) or (seconds is not None and seconds <= 0) or warmup < 0:
         raise ValueError(f"no measurement of {rounds=}, {seconds=}, {warmup=}")
+    if (precision is not None and precision <= 0) or least < 1:
+        raise ValueError(f"no measurement of {precision=}, {least=}")
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
+    look = 0  # at the precision after so many rounds
 
     def run(round_: int, record: bool) -> None:
         arguments = () if items is None else (items[round_ % len(items)],)
@@ -77,10 +89,25 @@ def interleave(
             shares.append(done / rounds)
         if seconds is not None:
             shares.append((clock() - begin) / seconds)
+        if precision is not None and done >= max(look, least) and done % (1 if items is None else len(items)) == 0:
+            if converged(times, precision):
+                shares.append(1.0)
+            # Seldom: every look is a chance to stop at an interval that is short by luck.
+            look = done + max(done // 8, 1)
         if progress is not None:
             progress(min(max(shares), 1.0))
-        if max(shares) >= 1.0:
+        if done >= least and max(shares) >= 1.0:
             return times
+
+
+def converged(times: Mapping[str, Sequence[float]], precision: float = PRECISION) -> bool:
+    """Whether the median's interval (95 %) of every call, from end to end, is shorter than this share of the median."""
+    for values in times.values():
+        n, ordered = len(values), sorted(values)
+        skip = _ranks_to_skip(n)
+        if n < _LEAST or ordered[n - 1 - skip] - ordered[skip] >= precision * ordered[n // 2]:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -114,6 +141,8 @@ def _ranks_to_skip(n: int) -> int:
 
     The number of measurements below the median is binomial (n, 1/2); the tail at each end may hold 2.5 %.
     """
+    if n > _EXACT:  # where the normal distribution gives the same rank, or one to the safe side
+        return math.floor((n - 1.96 * math.sqrt(n)) / 2 - 1)
     tail, ways = 0, 1  # out of 2^n, in whole numbers
     for k in range(n // 2 + 1):
         tail += ways

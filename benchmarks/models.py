@@ -1,0 +1,58 @@
+"""The stock models that everybody computes: BERT's sizes with random weights, one real checkpoint, or a user's own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.workloads import minilm_folder
+
+CONFIGS: dict[str, dict[str, int]] = {
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+}
+MODELS = tuple(CONFIGS)
+_LABELS = {"sequence": 1, "token": 9}
+_CLASSES = {
+    "": "Model",
+    "sequence": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "mlm": "ForMaskedLM",
+}
+
+
+def check(name: str) -> str:
+    """The name, if it is one of MODELS or the folder of a checkpoint. ValueError where it is not."""
+    if name not in MODELS and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}, or give the folder of a checkpoint")
+    return name
+
+
+def build(name: str, head: str = "") -> nn.Module:
+    """The stock model of transformers with sdpa, in float32 and evaluation mode.
+
+    name: one of MODELS, of which "minilm" has real weights and the others random ones, which time and parity do not
+    mind; or the directory of a checkpoint. head: as in `Workload`, or "mlm"; a head that the checkpoint does not have
+    gets random weights. Everything random is drawn from seed 0. ValueError where there is no such model.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}
+    if head in _LABELS:
+        options["num_labels"] = _LABELS[head]
+    check(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name in MODELS and name != "minilm":
+            kind = getattr(transformers, f"Bert{_CLASSES[head]}")
+            model = kind(transformers.BertConfig(**CONFIGS[name], **options))
+        else:
+            kind = getattr(transformers, f"Auto{_CLASSES[head].replace('For', 'ModelFor')}")
+            folder = minilm_folder() if name == "minilm" else name
+            model = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **options).float()
+    return model.eval()
