@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+AXIS = {"fontsize": 9, "color": LIGHT["muted"]}
+KINDS = ("speedup", "throughput", "latency", "scaling", "roofline")  # what the plots' names begin with
+
+
 def draw(lines: Lines) -> list[Plot]:
     """Every plot that there are lines for."""
     found = []
@@ -111,7 +115,7 @@ def curves(shown: Curves, device: str, lines: list[Line], styles: Mapping[str, L
                 ax.plot(*zip(*sorted(by_peer[peer]), strict=True), **styles[peer])
         ax.set(title=f"{words.model(model)}, {precision}", xlabel=shown.x)
         plain_ticks(ax, sorted({x for points in by_peer.values() for x, _ in points}))
-    figure.supylabel(shown.y)
+    figure.supylabel(shown.y, **AXIS)
     drawn = {peer: style for peer, style in styles.items() if any(peer in panel for panel in panels.values())}
     return plot(f"{shown.name}-{device}", f"{shown.title}, {device.upper()}", figure, drawn)
 
@@ -137,7 +141,7 @@ def roofline(device: str, lines: list[Line], styles: Mapping[str, Look], source:
         roof(ax, copy, flops, {words.brief(line): intensity(line) for line in mine})
     bottom, top = axes[0].get_ylim()
     axes[0].set_ylim(bottom, top * (top / bottom) ** 0.5)  # room for the workloads' names
-    figure.supylabel("FLOP/s")
+    figure.supylabel("FLOP/s", **AXIS)
     drawn = {line["peer"] for mine, _, _ in panels.values() for line in mine}
     shown = {peer: style | {"linestyle": "none"} for peer, style in styles.items() if peer in drawn}
     return plot(f"roofline-{device}", f"Roofline, {device.upper()}", figure, shown)

@@ -89,8 +89,8 @@ def main(lines: Lines) -> list[Table]:
     caption = (
         "One forward {where}: Hugging Face with sdpa against the same model patched, in the same precision. "
         "Interleaved rounds, ratio of medians with its 95 % interval. Errors are the largest of the output on valid "
-        "tokens against the same weights in GOLD; memory is the peak of a forward's tensors against Hugging Face's. "
-        "Why a goal is missed stands in benchmarks/NOTES.md."
+        "tokens against the same weights in float64, or in float32 where that takes too long; memory is the peak of a "
+        "forward's tensors against Hugging Face's. Why a goal is missed stands in benchmarks/NOTES.md."
     )
     columns = {
         "workload": workload,
@@ -141,7 +141,7 @@ def against_stock(lines: Lines, benchmark: str, caption: str, columns: dict[str,
                 known = {"workload": workload(row), "dtype": precision(row), "bertfast": missing(row.ours)}
                 cells.append(tuple(known.get(title, NOTHING) for title in columns))
         where = setting(lines, tabled(lines, benchmark=benchmark, device=device, peer=OURS), device)
-        tables.append(Table(device, caption.format(where=where), tuple(columns), cells))
+        tables.append(Table(device.upper(), caption.format(where=where), tuple(columns), cells))
     return tables
 
 
@@ -164,7 +164,7 @@ def peers(lines: Lines) -> list[Table]:
             remarks = tuple(f"{name}: {reason}" for name, reason in absent.items())
             here = rows(lines, benchmark="inference", device=device, precision=word)
             cells = [peer_cells(row, names) for row in here]
-            tables.append(Table(f"{device}, {word}", caption, ("workload", BASELINE, *names), cells, remarks))
+            tables.append(Table(f"{device.upper()}, {word}", caption, ("workload", BASELINE, *names), cells, remarks))
     return tables
 
 
@@ -276,7 +276,7 @@ def everything(lines: Lines) -> Table:
     shown = [line for line in lines.where() if measured(line)]
     columns = {title: [column(line) for line in shown] for title, column in EVERYTHING.items()}
     columns = {title: cells for title, cells in columns.items() if any(cell.text for cell in cells)}
-    return Table("everything", "", tuple(columns), list(zip(*columns.values(), strict=True)))
+    return Table("", "", tuple(columns), list(zip(*columns.values(), strict=True)))
 
 
 def text(name: str) -> Callable[[Line], Cell]:

@@ -54,19 +54,20 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def size(n: float) -> str:
+def size(number: float) -> str:
     """Bytes."""
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} GB"
+    return _prefixed(number, "B", ("", "k", "M", "G", "T"))
 
 
 def rate(per_second: float, unit: str) -> str:
-    """A rate in thousands, as in "215 GFLOP/s"."""
-    for prefix in ("", "k", "M", "G"):
-        if per_second < 1000:
-            return f"{per_second:.3g} {prefix}{unit}/s"
-        per_second /= 1000
-    return f"{per_second:.3g} T{unit}/s"
+    """A rate, as in "215 GFLOP/s"."""
+    return _prefixed(per_second, f"{unit}/s", ("", "k", "M", "G", "T", "P"))
+
+
+def _prefixed(number: float, unit: str, prefixes: tuple[str, ...]) -> str:
+    """Three figures and the prefix that fits."""
+    for prefix in prefixes:
+        if number < 999.5 or prefix == prefixes[-1]:
+            break
+        number /= 1000
+    return f"{number:.3g} {prefix}{unit}"
