@@ -32,7 +32,7 @@ def items(context: Context) -> Iterator[Item]:
 
 def measure(context: Context, case: Case) -> dict[str, Any]:
     """Accuracy, then time, of every backend and peer of a case."""
-    accuracy = check(case, case.backends)
+    accuracy = check(case, case.backends, case.inputs(0))
     release()
     right = [name for name, found in accuracy.items() if found.get("accurate")]
     seconds = 0.05 if context.quick else 0.5
