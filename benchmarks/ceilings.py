@@ -1,4 +1,4 @@
-"""What the machine in hand can do at best: the bandwidth of a copy and the rate of the best GEMM of each precision.
+"""What the machine in hand can do at best: the bandwidth of its memory, and the best GEMM's rate in each precision.
 
 GEMMs are those of BERT's layers on random data. On a CPU every library that PyTorch brings is tried: `F.linear`, oneDNN
 on weights packed once, and for int8 its quantised linear.
@@ -26,11 +26,11 @@ Call = Callable[[], Any]
 
 
 def measured(device: str, seconds: float = 0.5) -> dict[str, float]:
-    """The ceilings: "copy" in bytes a second, each precision in operations a second; those that can be measured.
+    """The ceilings: "copy" and "read" in bytes a second, each precision in operations a second.
 
     seconds: for each of the GEMMs, of which a CPU has two shapes a precision.
     """
-    found = {"copy": copy(device, _COPY[device])["bytes_per_second"]}
+    found = {"copy": copy(device, _COPY[device])["bytes_per_second"], "read": _read(device, _COPY[device])}
     for dtype in ("float32", "bfloat16") if device == "cpu" else DTYPES:
         found[dtype] = max(gemm(device, dtype, *shape, seconds=seconds)["flops"] for shape in _shapes(device))
     if device == "cpu" and torch.backends.mkldnn.is_available():
@@ -52,6 +52,12 @@ def copy(device: str, size: int) -> dict[str, Any]:
     found = _best(device, {"copy": timing.Candidate(lambda: [lambda: target.copy_(source)])})
     rate = 2 * size / found.seconds
     return {"bytes_per_second": rate, "gb_per_second": rate / 1e9, "timing": found._asdict()}
+
+
+def _read(device: str, size: int) -> float:
+    """Bytes a second of a sum: what reads weights and writes next to nothing may be faster than a copy."""
+    source = torch.ones(size // 4, device=device)
+    return size / _best(device, {"read": timing.Candidate(lambda: [lambda: source.sum()])}).seconds
 
 
 def gemm(

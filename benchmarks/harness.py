@@ -232,7 +232,10 @@ class Harness:
             self._refuse(case, key, Refused("skipped", reason))
         if not chosen:
             return None
-        found = timed({key: candidates[key].call for key in chosen}, self.device, seconds)
+        # Fewer rounds, without an interval, rather than far beyond the time.
+        least = int(self.left() * _ROUNDS / sum(costs[key] for key in chosen))
+        calls = {key: candidates[key].call for key in chosen}
+        found = timed(calls, self.device, seconds, min(max(least, 2), LEAST_ROUNDS))
         for key in chosen:
             self._record(case, stock, key, candidates[key], found)
         if found.noise.noisy:

@@ -1,5 +1,6 @@
 """The stock models that everybody computes: BERT's sizes with random weights, one real checkpoint, or a user's own."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,42 @@ def check(name: str) -> str:
     return name
 
 
+def random(name: str, head: str = "") -> nn.Module:
+    """The stock model of one of CONFIGS with random weights, the same ones every time."""
+    kind = getattr(_transformers(), f"Bert{_CLASSES[head]}")
+    return _drawn(lambda: kind(kind.config_class(**CONFIGS[name], **_options(head))))
+
+
 def build(name: str, head: str = "") -> nn.Module:
     """The stock model of transformers with sdpa, in float32 and evaluation mode.
 
     name: one of MODELS, of which "minilm" has real weights and the others random ones, which time and parity do not
-    mind; or the directory of a checkpoint. head: as in `Workload`, or "mlm"; a head that the checkpoint does not have
-    gets random weights. Everything random is drawn from seed 0. ValueError where there is no such model.
+    mind; or the folder of a checkpoint. head: as in `Workload`, or "mlm"; one that the checkpoint does not have gets
+    random weights. ValueError where there is no such model.
     """
+    check(name)
+    if name in MODELS and name != "minilm":
+        return random(name, head)
+    kind = getattr(_transformers(), f"Auto{_CLASSES[head].replace('For', 'ModelFor')}")
+    folder = minilm_folder() if name == "minilm" else name
+    return _drawn(lambda: kind.from_pretrained(folder, ignore_mismatched_sizes=True, **_options(head)).float())
+
+
+def _transformers() -> Any:
+    """The library, told to keep its bars and notes to itself."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options: dict[str, Any] = {"attn_implementation": "sdpa"}
-    if head in _LABELS:
-        options["num_labels"] = _LABELS[head]
-    check(name)
+    return transformers
+
+
+def _options(head: str) -> dict[str, Any]:
+    return {"attn_implementation": "sdpa"} | ({"num_labels": _LABELS[head]} if head in _LABELS else {})
+
+
+def _drawn(make: Callable[[], nn.Module]) -> nn.Module:
+    """make(), with whatever it draws drawn from seed 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if name in MODELS and name != "minilm":
-            kind = getattr(transformers, f"Bert{_CLASSES[head]}")
-            model = kind(transformers.BertConfig(**CONFIGS[name], **options))
-        else:
-            kind = getattr(transformers, f"Auto{_CLASSES[head].replace('For', 'ModelFor')}")
-            folder = minilm_folder() if name == "minilm" else name
-            model = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **options).float()
-    return model.eval()
+        return make().eval()

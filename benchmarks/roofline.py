@@ -2,7 +2,7 @@
 
 Work is that of the valid tokens. The steps are those of a fused encoder, each reading its inputs and weights once and
 writing its output once; a step takes at least its FLOPs over the rate of the machine's best GEMM, and at least its
-bytes over the bandwidth of a copy. The floor is the sum over the steps. Where activations stay in a processor's cache
+bytes over the bandwidth of a copy or of a read, whichever is more. The floor is the sum over the steps. Where activations stay in a processor's cache
 between two steps, the bandwidth is no hard limit, and small batches may come out below their floor.
 """
 
@@ -23,7 +23,8 @@ class Step(NamedTuple):
 
     def floor(self, ceilings: Mapping[str, float], precision: str) -> float:
         """Seconds."""
-        return max(self.flops / ceilings[precision], self.nbytes / ceilings["copy"])
+        bandwidth = max(ceilings["copy"], ceilings.get("read", 0.0))
+        return max(self.flops / ceilings[precision], self.nbytes / bandwidth)
 
 
 def _gemm(name: str, rows: float, columns: int, depth: int, size: int) -> Step:

@@ -4,26 +4,24 @@ Random weights, built from the configuration. Every row is a run of its own in i
 of a call with the wait for its end, and the time that the GPU was at work in it, from PyTorch's profiler.
 """
 
-import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 import bertfast
+from benchmarks import accuracy, harness, models, roofline, training
 from benchmarks.gpu.plan import Context, Item
-from benchmarks.workloads import Workload, ragged_lengths
+from benchmarks.peers import PEERS, Setting
+from benchmarks.workloads import Batch, Workload, ragged_lengths
 from bertfast import measure
 
-MODELS = {
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
-}
-MASKED = 0.15  # of the tokens carry a label
+# Who stands behind the names of the rows. Both in training, too.
+STOCK, OURS, COMPILED = "hf-sdpa", "bertfast", "compile-max-autotune"
 
 
 @dataclass(frozen=True)
@@ -68,42 +66,40 @@ def items(context: Context) -> Iterator[Item]:
 
 def compare(context: Context, row: Row, peer: str) -> dict[str, Any]:
     """Accuracy, then both times, of a row."""
-    torch.manual_seed(0)
     gc.collect()
-    batch = {k: v.to(context.device) for k, v in Workload(row.name, row.model, row.lengths).batch().items()}
+    workload = Workload(row.name, row.lengths, training=row.training)
+    stock = models.random(row.model, "mlm" if row.training else "")
+    (batch,) = workload.batches()
+    batch = {name: tensor.to(context.device) for name, tensor in batch.items()}
+    names = {peer: COMPILED if peer == "compiled" else STOCK, "bertfast": OURS}
     prepare = _training if row.training else _inference
-    stock, ours, accuracy = prepare(context, row, batch)
-    if peer == "compiled":
-        mode = "max-autotune-no-cudagraphs" if row.training else "max-autotune"
-        stock = _compiled(stock, row, batch, context, mode)
-    calls = {peer: stock, "bertfast": ours}
-    waiting = {name: (lambda call=call: _wait(context, call)) for name, call in calls.items()}
+    calls, errors = prepare(context, stock, batch, names)
+    for call in calls.values():
+        for _ in range(3 if context.device == "cuda" else 1):
+            harness.one_call(call, context.device)
     seconds, least = (0.1, 2) if context.quick else (4.0, 7)
-    times = measure.interleave(waiting, seconds=seconds, warmup=3 if context.device == "cuda" else 1)
-    if len(times[peer]) < least:
-        for name, more in measure.interleave(waiting, rounds=least - len(times[peer]), warmup=0).items():
-            times[name] += more
-    wall = {name: measure.Summary.of(t) for name, t in times.items()}
-    ratio = measure.Ratio.of(times[peer], times["bertfast"])
-    gpu = {name: busy(call) for name, call in calls.items()} if context.device == "cuda" else {}
+    found = harness.timed(calls, context.device, seconds, least)
+    wall = {name: measure.Summary.of(t) for name, t in found.seconds.items()}
+    ratio = measure.Ratio.of(found.seconds[peer], found.seconds["bertfast"])
+    gpu = {name: harness.busy(call) for name, call in calls.items()} if context.device == "cuda" else {}
     ratios = {"wall": ratio.value}
     if gpu:
         ratios["gpu"] = gpu[peer]["milliseconds"] / max(gpu["bertfast"]["milliseconds"], 1e-9)
-    tokens = sum(row.lengths)
     return {
         "row": row.name,
         "peer": peer,
-        "dtype": str(_dtype(context)).removeprefix("torch."),
-        "tokens": tokens,
-        "fill": tokens / (len(row.lengths) * max(row.lengths)),
+        "dtype": _precision(context),
+        "tokens": workload.tokens,
+        "fill": workload.fill,
         "wall_milliseconds": {
             n: {"median": 1e3 * s.median, "low": 1e3 * s.low, "high": 1e3 * s.high, "n": s.n} for n, s in wall.items()
         },
         "gpu": gpu,
         "ratios": ratios,
         "interval": [ratio.low, ratio.high],
+        "noise": found.noise.to_dict(),
         "sequences_per_second": len(row.lengths) / wall["bertfast"].median,
-        "accuracy": accuracy,
+        "accuracy": _accuracy(errors, peer, row),
         "backends": _backends(context),
         "goals": [
             {
@@ -118,105 +114,49 @@ def compare(context: Context, row: Row, peer: str) -> dict[str, Any]:
     }
 
 
-def _dtype(context: Context) -> torch.dtype:
-    return torch.bfloat16 if context.device == "cuda" else torch.float32
+def _precision(context: Context) -> str:
+    return "bfloat16" if context.device == "cuda" else "float32"
 
 
-def _inference(context: Context, row: Row, batch: dict) -> tuple[Callable, Callable, dict]:
-    from transformers import BertConfig, BertModel
-
-    stock = BertModel(BertConfig(attn_implementation="sdpa", **MODELS[row.model]))
-    stock = stock.eval().to(context.device, _dtype(context))
-    ours = bertfast.patch(copy.deepcopy(stock))
-    valid = batch["attention_mask"].bool()
-    with torch.no_grad():
-        gold = copy.deepcopy(stock).double()(**batch).last_hidden_state[valid]
-        accuracy = {
-            name: (model(**batch).last_hidden_state[valid].double() - gold).abs().max().item()
-            for name, model in (("stock", stock), ("bertfast", ours))
-        }
-    del gold
-    accuracy["accurate"] = accuracy["bertfast"] <= 3 * accuracy["stock"] + 1e-5
-    return _forward(stock, batch), _forward(ours, batch), accuracy
+Prepared = tuple[dict[str, Callable[[], Any]], dict[str, dict[str, float]]]  # calls and errors by name
 
 
-def _forward(model: Callable, batch: dict) -> Callable[[], Any]:
-    @torch.no_grad()
-    def call() -> Any:
-        return model(**batch)
-
-    call.model = model
-    return call
-
-
-def _training(context: Context, row: Row, batch: dict) -> tuple[Callable, Callable, dict]:
-    from transformers import BertConfig, BertForMaskedLM
-
-    stock = BertForMaskedLM(BertConfig(attn_implementation="sdpa", **MODELS[row.model])).to(context.device)
-    ours = bertfast.patch(copy.deepcopy(stock))
-    generator = torch.Generator(context.device).manual_seed(1)
-    drawn = torch.rand(batch["input_ids"].shape, generator=generator, device=context.device)
-    labelled = (drawn < MASKED) & batch["attention_mask"].bool()
-    labelled[:, 0] = True  # no batch without a label
-    batch["labels"] = torch.where(labelled, batch["input_ids"], -100)
-    accuracy = {}
-    with torch.no_grad():
-        gold = stock.eval()(**batch).loss.double().item()
-        with torch.autocast(context.device, dtype=torch.bfloat16):
-            for name, model in (("stock", stock), ("bertfast", ours)):
-                accuracy[name] = abs(model.eval()(**batch).loss.double().item() - gold)
-    accuracy["accurate"] = accuracy["bertfast"] <= 3 * accuracy["stock"] + 0.01 * abs(gold)
-    return _step(stock.train(), batch, context), _step(ours.train(), batch, context), accuracy
+def _inference(context: Context, stock: nn.Module, batch: Batch, names: Mapping[str, str]) -> Prepared:
+    """A forward of each peer."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    work = sum(step.flops for step in roofline.forward(stock.config, lengths, "float32"))
+    right = accuracy.gold(stock, [batch], "", accuracy.wide(work))
+    setting = Setting(stock, "", _precision(context), context.device, batch, torch.get_num_threads())
+    calls = {name: partial(PEERS[who].prepare(setting), batch) for name, who in names.items()}
+    return calls, {name: accuracy.errors(right, [call()], [batch]) for name, call in calls.items()}
 
 
-def _step(model: torch.nn.Module, batch: dict, context: Context, call: Callable | None = None) -> Callable[[], Any]:
-    """Forward, backward and AdamW under bfloat16 autocast, dropout on. call: runs the model, where it is not itself."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=context.device == "cuda")
-    forward = call or model
-
-    def step() -> Any:
-        with torch.autocast(context.device, dtype=torch.bfloat16):
-            loss = forward(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    step.model = model
-    return step
+def _training(context: Context, stock: nn.Module, batch: Batch, names: Mapping[str, str]) -> Prepared:
+    """A training step of each peer, under bfloat16 autocast, dropout on."""
+    batch = training.labelled(batch)
+    setting = Setting(stock, "mlm", "bfloat16", context.device, batch, torch.get_num_threads())
+    right = training.gold(stock, batch, torch.float32)
+    calls, errors = {}, {}
+    for name, who in names.items():
+        model = PEERS[who].trainable(setting)
+        errors[name] = training.errors(right, training.gradients(model, batch, "bfloat16"))
+        calls[name] = training.step(model, batch, "bfloat16")
+    return calls, errors
 
 
-def _compiled(stock: Any, row: Row, batch: dict, context: Context, mode: str) -> Callable[[], Any]:
-    torch._dynamo.reset()
-    compiled = torch.compile(stock.model, mode=mode)
-    return _step(stock.model, batch, context, compiled) if row.training else _forward(compiled, batch)
-
-
-def _wait(context: Context, call: Callable[[], Any]) -> None:
-    call()
-    if context.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def busy(call: Callable[[], Any], times: int = 3) -> dict[str, Any]:
-    """Milliseconds of kernels in a call, how many there are, and the longest."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(times):
-            call()
-        torch.cuda.synchronize()
-    events = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda e: -e.self_device_time_total)
-    return {
-        "milliseconds": sum(e.self_device_time_total for e in events) / times / 1e3,
-        "kernels": sum(e.count for e in events) / times,
-        "longest": [[e.key[:90], round(e.self_device_time_total / times, 1)] for e in events[:8]],
-    }
+def _accuracy(errors: Mapping[str, dict[str, float]], peer: str, row: Row) -> dict[str, Any]:
+    """The errors, and whether ours is at most three times the other's."""
+    other, ours = errors[peer], errors["bertfast"]
+    slack = (
+        0.1 if row.training else 1e-5
+    )  # where the other is right by luck: a hundredth of the loss, float32's rounding
+    right = ours["max"] <= 3 * other["max"] + slack and 1 - ours["cosine"] <= 3 * (1 - other["cosine"]) + 1e-3
+    return {"errors": dict(errors), "accurate": right}
 
 
 def _backends(context: Context) -> dict[str, str]:
     """What runs each op."""
     names = ("embed_layer_norm", "varlen_attention", "bias_gelu", "residual_layer_norm", "linear")
+    dtype = getattr(torch, _precision(context))
     device = torch.device(context.device, 0) if context.device == "cuda" else torch.device("cpu")
-    return {name: bertfast.backend.explain(name, device, _dtype(context)).backend for name in names}
+    return {name: bertfast.backend.explain(name, device, dtype).backend for name in names}

@@ -1,8 +1,9 @@
 """Time a model before and after bertfast.patch on the same batches, in turn, after checking that the numbers agree.
 
 Texts are cut into tokens once and batched in the order they come in, each batch padded to its longest text, as callers
-of transformers do. Every round runs one batch through both models; who goes first alternates. Ratios are of medians of
-the same rounds. Exit status: 0, or 1 where the check fails (then nothing is timed).
+of transformers do. Every round runs one batch through both models; who goes first alternates. Rounds go on until both
+medians are known to --precision or the time is over. Ratios are of medians of the same rounds. Exit status: 0, or 1
+where the check fails (then nothing is timed).
 """
 
 import argparse
@@ -16,7 +17,8 @@ from bertfast.cli.files import read_texts
 from bertfast.cli.output import UsageError, print_json, print_table, progress_bar
 from bertfast.cli.stock import DTYPES, Batch, Calls, Comparison, forward, load_stock, positions
 from bertfast.cli.tokens import length_limit, load_tokenizer, pad
-from bertfast.measure import Ratio, Summary, environment, interleave, peak_memory
+from bertfast.measure import PRECISION, Ratio, Summary, converged, environment, interleave, peak_memory
+from bertfast.noise import Watch
 from bertfast.patching import explain
 
 HELP = "how much faster is a patched model, on your texts?"
@@ -41,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive(int), metavar="N", help="of PyTorch (default: its own choice)")
     parser.add_argument("--rounds", type=_positive(int), metavar="N", help="run all batches N times")
     parser.add_argument("--seconds", type=_positive(float), metavar="S", help=f"stop after S (default: {_SECONDS:g})")
+    parser.add_argument(
+        "--precision",
+        type=_positive(float),
+        metavar="P",
+        help=f"stop once the medians' 95 %% intervals are under P %% of them (default: {100 * PRECISION:g}, "
+        "or as many rounds as --rounds says)",
+    )
     parser.add_argument("--no-pack-weights", dest="pack_weights", action="store_false", help="patch without them")
     parser.add_argument("--json", action="store_true", help="JSON lines: environment, workload, stock, patched, ratio")
 
@@ -89,11 +98,15 @@ def _bench(args: argparse.Namespace, texts: list[str]) -> int:
     calls = {name: partial(forward, model) for name, model in models.items()}
     seconds = args.seconds or (None if args.rounds else _SECONDS)
     rounds = args.rounds and args.rounds * len(batches)
-    with progress_bar(100, "timing", args.json) as bar:
+    precision = args.precision and args.precision / 100
+    if precision is None and rounds is None:
+        precision = PRECISION
+    with progress_bar(100, "timing", args.json) as bar, Watch() as watch:
         times = interleave(
             calls,
             rounds=rounds,
             seconds=seconds,
+            precision=precision,
             warmup=min(2, len(batches)),
             items=batches,
             progress=lambda share: bar.update(100 * share - bar.n),
@@ -109,16 +122,18 @@ def _bench(args: argparse.Namespace, texts: list[str]) -> int:
         | {"max_length": max_length, "pack_weights": args.pack_weights, **describe(texts, batches)},
     ]
     for name in models:
-        records.append({"record": name, **speed(times[name], done), "peak_memory_bytes": memory[name]})
+        known = {"converged": converged({name: times[name]}, precision or PRECISION)}
+        records.append({"record": name, **speed(times[name], done), **known, "peak_memory_bytes": memory[name]})
     ratio = Ratio.of(times["stock"], times["patched"])
     records[-1] |= {"packed_weights_bytes": sum(b.packed_bytes for b in explain(comparison.patched).backbones)}
     interval = {"speedup": ratio.value, "low": ratio.low, "high": ratio.high}
-    records.append({"record": "ratio", **interval, **ran.to_dict()})
+    records.append({"record": "ratio", **interval, **ran.to_dict(), "noise": watch.noise.to_dict()})
     if args.json:
         for record in records:
             print_json(record)
     else:
         _print({record["record"]: record for record in records}, str(ran))
+        print(watch.noise)
     return 0
 
 
