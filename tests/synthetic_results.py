@@ -128,7 +128,7 @@ def numbers(seconds: list[float], tokens: int, padded: int, sequences: int, prec
         "flops": flops,
         "bytes": BYTES + 1e5 * tokens,
         "roofline_share": flops / summary.median / 2.2e11,
-        "noise": {"others": 0.01, "noisy": False},
+        "noise": {"others": 0.01, "steal": 0.0, "noisy": False},
         "goal": None,
     }
 

@@ -4,6 +4,8 @@ import copy
 import html.parser
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -217,9 +219,17 @@ def test_noise_is_said():
     measured = synthetic.measurements("run-1", ("1x16",))
     for line in measured:
         if line["status"] == "measured":
-            line["noise"] = {"others": 0.31, "noisy": True}
+            line["noise"] = {"others": 0.31, "steal": 0.02, "noisy": True}
     shown = Lines({"run-1": synthetic.environment("run-1")}, measured)
-    assert "1. other processes took 31 % of the processor time" in markdown.render(tables.main(shown))
+    assert "1. other processes and the hypervisor took 33 % of the processors' time" in markdown.render(
+        tables.main(shown)
+    )
+
+
+def test_a_commit_with_changes_of_its_own_is_told_from_a_clean_one():
+    assert words.commit({"commit": "0123456789abcdef"}) == "0123456789ab"
+    assert words.commit({"commit": "0123456789abcdef-dirty"}) == "0123456789ab-dirty"
+    assert words.commit({"commit": None}) == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +271,7 @@ def test_bars_are_the_speed_ups(shown, drawn):
     peers = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(panels) == len(ALL) and peers == ["bertfast", "hf-eager", "openvino"]
     for workload in ALL:
-        ax = panels[words.workload(shown.where(workload=workload)[0])]
+        ax = panels[words.title(shown.where(workload=workload)[0])]
         widths = [one(shown, workload=workload, peer=p, precision="float32")["speedup"]["value"] for p in peers]
         assert [bar.get_width() for bar in ax.patches] == widths
 
@@ -620,6 +630,13 @@ def test_bad_input_is_one_line(suite, tmp_path, capsys, arguments, message):
     assert report.main([a.format(suite=suite, other=other) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and all(line.startswith("python -m benchmarks.report: ") for line in error.splitlines())
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(suite):
+    command = [sys.executable, "-m", "benchmarks.report", "--compare", f"{suite}@run-1", f"{suite}@run-2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=report.README.parent) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_an_unknown_option_is_one_line(capsys):

@@ -11,6 +11,7 @@ status 1 is a significant regression. Exit status 2 is bad input.
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +23,7 @@ from bertfast.cli.output import print_table
 
 README = Path(__file__).parent.parent.parent / "README.md"
 REQUIRED = {"run", "status", "reason", *IDENTITY}
-OK, DIFFERENT, MISUSED = 0, 1, 2
+OK, DIFFERENT, MISUSED, PIPE_CLOSED = 0, 1, 2, 141
 
 
 class BadInput(Exception):
@@ -53,13 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if options.compare:
-            return compare(*options.compare)
+            status = compare(*options.compare)
+            sys.stdout.flush()
+            return status
         lines = read(options.file)
         if options.check:
             return check(lines)
         return write(lines, options)
     except BadInput as error:
         return complain(str(error))
+    except BrokenPipeError:  # whoever read the comparison has seen enough; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
 
 
 def complain(message: str) -> int:

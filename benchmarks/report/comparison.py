@@ -136,9 +136,7 @@ def absent(found: Sequence[Change]) -> Iterator[list[str]]:
 
 def where(lines: Lines) -> str:
     """The runs of one side."""
-    return "; ".join(
-        f"run {e['run']} of {e['time']}, commit {(e['commit'] or 'unknown')[:12]}" for e in lines.runs(lines.where())
-    )
+    return "; ".join(f"run {e['run']} of {e['time']}, commit {words.commit(e)}" for e in lines.runs(lines.where()))
 
 
 def unlike(before: Lines, after: Lines) -> Iterator[str]:

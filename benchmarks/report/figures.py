@@ -42,7 +42,7 @@ class Plot:
         """The file without the metadata that would make it another one on another day."""
         file = io.BytesIO()
         with styled():
-            self.figure.savefig(file, format=kind, dpi=160, metadata=dict.fromkeys(metadata))
+            self.figure.savefig(file, format=kind, dpi=144, metadata=dict.fromkeys(metadata))
         return file.getvalue()
 
     def write(self, folder: Path) -> None:

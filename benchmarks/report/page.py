@@ -147,7 +147,8 @@ def words_class(t: Table, column: int) -> str:
 
 def cell(c: Cell, notes: list[str], tag: str, attributes: str) -> str:
     """One cell with what it is sorted by."""
-    value = "" if c.value is None else f' data-value="{escape(str(c.value))}"'
+    short = f"{c.value:.6g}" if isinstance(c.value, float) else str(c.value)
+    value = "" if c.value is None else f' data-value="{escape(short)}"'
     text = f"<b>{escape(c.text)}</b>" if c.strong else escape(c.text)
     text += f" <small>{escape(c.detail)}</small>" if c.detail else ""
     text += f"<sup>{notes.index(c.note) + 1}</sup>" if c.note else ""

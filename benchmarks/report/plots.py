@@ -38,12 +38,12 @@ def speedups(device: str, precision: str, lines: list[Line]) -> Plot | None:
     panels: dict[str, dict[str, Line]] = {}
     for line in lines:
         if line["precision"] == precision and line["peer"] != BASELINE == line["baseline"] and line["speedup"]:
-            panels.setdefault(words.workload(line), {})[line["peer"]] = line
+            panels.setdefault(words.title(line), {})[line["peer"]] = line
     if not panels:
         return None
     peers = ordered(line for panel in panels.values() for line in panel.values())
     furthest = max(line["speedup"]["high"] for panel in panels.values() for line in panel.values())
-    figure, axes = sheet(len(panels), height=0.6 + 0.17 * len(peers), sharex=True, sharey=True)
+    figure, axes = sheet(len(panels), height=0.75 + 0.17 * len(peers), sharex=True, sharey=True)
     for ax, (title, by_peer) in zip(axes, panels.items(), strict=True):
         for place, peer in enumerate(peers):
             if peer in by_peer:
@@ -113,7 +113,7 @@ def curves(shown: Curves, device: str, lines: list[Line], styles: Mapping[str, L
         for peer in reversed(styles):  # ours over the others
             if peer in by_peer:
                 ax.plot(*zip(*sorted(by_peer[peer]), strict=True), **styles[peer])
-        ax.set(title=f"{words.model(model)}, {precision}", xlabel=shown.x)
+        ax.set(title=f"{words.family(model)}, {precision}", xlabel=shown.x)
         plain_ticks(ax, sorted({x for points in by_peer.values() for x, _ in points}))
     figure.supylabel(shown.y, **AXIS)
     drawn = {peer: style for peer, style in styles.items() if any(peer in panel for panel in panels.values())}
@@ -130,7 +130,7 @@ def roofline(device: str, lines: list[Line], styles: Mapping[str, Look], source:
             panels[precision] = mine, max(c["copy"] for c in seen), max(c[precision] for c in seen)
     if not panels:
         return None
-    figure, axes = sheet(len(panels), height=3.8, sharey=True)
+    figure, axes = sheet(len(panels), height=4.8, sharey=True)
     for ax, (precision, (mine, copy, flops)) in zip(axes, panels.items(), strict=True):
         for peer in reversed(styles):
             points = [(intensity(x), x["flops"] / x["median_s"]) for x in mine if x["peer"] == peer]
@@ -139,8 +139,6 @@ def roofline(device: str, lines: list[Line], styles: Mapping[str, Look], source:
         ax.set(title=precision, xlabel="FLOPs for each byte")
         plain_ticks(ax)
         roof(ax, copy, flops, {words.brief(line): intensity(line) for line in mine})
-    bottom, top = axes[0].get_ylim()
-    axes[0].set_ylim(bottom, top * (top / bottom) ** 0.5)  # room for the workloads' names
     figure.supylabel("FLOP/s", **AXIS)
     drawn = {line["peer"] for mine, _, _ in panels.values() for line in mine}
     shown = {peer: style | {"linestyle": "none"} for peer, style in styles.items() if peer in drawn}
@@ -153,16 +151,18 @@ def intensity(line: Line) -> float:
 
 
 def roof(ax: "Axes", copy: float, flops: float, workloads: Mapping[str, float]) -> None:
-    """The two ceilings, from somewhat left of the workloads to somewhat right, and on top the workloads' names."""
+    """The two ceilings, from somewhat left of the workloads to somewhat right, and above all the workloads' names."""
     ridge = flops / copy
     left, right = min(*workloads.values(), ridge) / 2, max(*workloads.values(), ridge) * 2
-    small = {"fontsize": 7.5, "color": LIGHT["muted"], "textcoords": "offset points"}
     ax.plot([left, ridge, right], [left * copy, flops, flops], color=LIGHT["muted"], linewidth=1.6)
-    ax.annotate(words.rate(flops, "FLOP"), (right, flops), (-2, -10), horizontalalignment="right", **small)
+    small = {"fontsize": 7.5, "color": LIGHT["muted"], "textcoords": "offset points"}
+    ax.annotate(words.rate(flops, "FLOP"), (ridge, flops), (2, 4), **small)
     ax.annotate(words.rate(copy, "B"), (ridge, flops), (-8, -3), horizontalalignment="right", **small)
     ax.set_xlim(left, right)
-    free = left
+    names: dict[float, str] = {}
     for name, x in sorted(workloads.items(), key=lambda item: item[1]):
-        if x >= free:  # a name that would cover its neighbour's is left out
-            ax.annotate(name, (x, min(x * copy, flops)), (0, 5), rotation=90, horizontalalignment="center", **small)
-            free = x * (right / left) ** 0.05
+        if x >= max(names, default=0) * (right / left) ** 0.045:  # else it would cover its neighbour's name
+            names[x] = name
+    top = ax.secondary_xaxis("top")
+    top.set_xticks(list(names), list(names.values()), rotation=90, fontsize=7)
+    top.minorticks_off()

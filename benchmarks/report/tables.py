@@ -201,7 +201,8 @@ def median(line: Line | None) -> Cell:
     if line is None or not measured(line):
         return missing(line)
     noise = line["noise"]
-    note = f"other processes took {words.percent(noise['others'])} of the processor time" if noise["noisy"] else ""
+    taken = words.percent((noise["others"] or 0) + (noise["steal"] or 0))
+    note = f"other processes and the hypervisor took {taken} of the processors' time" if noise["noisy"] else ""
     return Cell(words.duration(line["median_s"]), line["median_s"], note=note)
 
 
@@ -330,6 +331,6 @@ def setting(lines: Lines, about: Iterable[Line], device: str) -> str:
         f"{machine(e, device)}, PyTorch {e['versions']['torch']}, transformers {e['versions']['transformers']}"
         for e in environments
     )
-    commits = dict.fromkeys((e["commit"] or "unknown")[:12] for e in environments)
+    commits = dict.fromkeys(map(words.commit, environments))
     on = "on the CPU" if device == "cpu" else "on the GPU"
     return f"{on} ({'; '.join(places)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)})"
