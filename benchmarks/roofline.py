@@ -2,8 +2,9 @@
 
 Work is that of the valid tokens. The steps are those of a fused encoder, each reading its inputs and weights once and
 writing its output once; a step takes at least its FLOPs over the rate of the machine's best GEMM, and at least its
-bytes over the bandwidth of a copy or of a read, whichever is more. The floor is the sum over the steps. Where activations stay in a processor's cache
-between two steps, the bandwidth is no hard limit, and small batches may come out below their floor.
+bytes over the bandwidth of a copy or of a read, whichever is more. The floor is the sum over the steps. Where
+activations stay in a processor's cache between two steps, the bandwidth is no hard limit, and small batches may come
+out below their floor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

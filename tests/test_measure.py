@@ -3,13 +3,14 @@
 import json
 import math
 import os
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from bertfast import machine, measure
-from bertfast.measure import Ratio, Summary, interleave, peak_memory
+from bertfast.measure import Ratio, Summary, converged, interleave, peak_memory
 
 
 class Clock:
@@ -61,6 +62,75 @@ def test_seconds_end_it_after_a_whole_round():
     assert len(interleave(calls, rounds=2, seconds=1e9, warmup=0, clock=clock)["a"]) == 2
 
 
+def test_rounds_go_on_until_every_median_is_known():
+    clock, draw = Clock(), np.random.default_rng(0)
+
+    def noisy(spread):
+        def call():
+            clock.now += math.exp(spread * draw.normal())
+
+        return call
+
+    def measured(precision, **options):
+        calls = {"quiet": noisy(1e-6), "noisy": noisy(0.1)}
+        return interleave(calls, precision=precision, seconds=3000.0, warmup=0, clock=clock, **options)
+
+    coarse, fine = measured(0.2), measured(0.05)
+    assert 6 <= len(coarse["noisy"]) < 40 < len(fine["noisy"]) == len(fine["quiet"]) < 400
+    assert converged(coarse, 0.2) and converged(fine, 0.05) and not converged(coarse, 0.05)
+    assert len(measured(1e-4)["quiet"]) > 1000, "the time ends what will not be known"
+    assert len(measured(10.0)["quiet"]) == 6, "five hold no interval"
+    assert len(measured(10.0, least=9)["quiet"]) == 9
+
+
+def test_precision_is_that_of_the_whole_interval_at_95_percent():
+    values = [99.0, 99.5, 100.0, 100.5, 101.0, 101.5]  # six: the interval is from end to end
+    assert converged({"a": values}, 0.026) and not converged({"a": values}, 0.024)
+    assert not converged({"a": values, "b": [1.0, 2.0] * 3}, 0.026), "one is not known"
+    assert not converged({"a": [1.0] * 5}, 0.5)
+    assert not converged({"a": [0.0] * 9}, 0.5), "a clock that stands still measures nothing"
+
+
+def test_with_items_only_whole_passes_end_by_precision():
+    clock, log = Clock(), []
+    calls = {"a": clock.call("a", 1.0, log)}
+    assert len(interleave(calls, precision=0.1, seconds=1e9, warmup=0, items="vwxyz", clock=clock)["a"]) == 10
+
+
+def test_least_rounds_are_run_whatever_the_time():
+    clock, log = Clock(), []
+    calls = {"a": clock.call("a", 2.0, log)}
+    assert len(interleave(calls, seconds=1.0, least=4, warmup=0, clock=clock)["a"]) == 4
+    assert len(interleave(calls, seconds=20.0, least=4, warmup=0, clock=clock)["a"]) == 10
+
+
+def test_what_the_harness_takes_itself_is_below_a_hundredth_of_the_shortest_call():
+    """All that a round takes beyond its calls, against a millisecond: the suite's shortest workloads take a few."""
+
+    def share():
+        calls = {name: (lambda: None) for name in "abcdefgh"}
+        begin = time.perf_counter()
+        times = interleave(calls, rounds=200, precision=1e-6, least=200, warmup=0)
+        return (time.perf_counter() - begin) / sum(map(len, times.values())) / 1e-3
+
+    assert min(share() for _ in range(5)) < 0.01
+
+
+def test_equal_calls_differ_by_less_than_their_intervals():
+    """In nineteen of twenty repetitions, but never in fewer than nine of ten of these hundred."""
+    within = 0
+    for seed in range(100):
+        clock, draw = Clock(), np.random.default_rng(seed)
+
+        def call(clock=clock, draw=draw):
+            clock.now += math.exp(0.04 * draw.normal()) * (1 + (draw.random() < 0.1) * draw.random())
+
+        times = interleave({"a": call, "b": call}, precision=0.03, seconds=100.0, warmup=0, clock=clock)
+        ratio = Ratio.of(times["a"], times["b"])
+        within += ratio.low <= 1 <= ratio.high
+    assert within >= 90
+
+
 @pytest.mark.parametrize(
     ("calls", "options", "words"),
     [
@@ -69,6 +139,9 @@ def test_seconds_end_it_after_a_whole_round():
         ({"a": print}, {}, "never end"),
         ({"a": print}, {"rounds": 0}, "rounds=0"),
         ({"a": print}, {"seconds": 0.0}, "seconds=0"),
+        ({"a": print}, {"seconds": 1.0, "precision": 0.0}, "precision=0"),
+        ({"a": print}, {"rounds": 1, "least": 0}, "least=0"),
+        ({"a": print}, {"precision": 0.1}, "never end"),
     ],
 )
 def test_measurements_that_make_no_sense(calls, options, words):
@@ -96,6 +169,14 @@ def test_interval_of_the_median_covers_95_percent_and_is_the_shortest_that_does(
         return 1 - 2 * sum(math.comb(n, k) for k in range(skip + 1)) / 2**n
 
     assert covered(skip) >= 0.95 > covered(skip + 1)
+
+
+def test_interval_of_very_many_is_the_tables_or_one_rank_wider():
+    summary = Summary.of([float(i) for i in range(10_000)])
+    assert summary.low in (4900.0, 4901.0) and summary.high == 9999 - summary.low  # 4901 by the binomial distribution
+    begin = time.perf_counter()
+    Summary.of(np.zeros(1_000_000))
+    assert time.perf_counter() - begin < 5
 
 
 def test_ratio_keeps_rounds_together():
