@@ -35,7 +35,7 @@ def measure(benchmark: BenchmarkFixture, group: Group, candidate: Candidate, rec
         "error": None,
     }
     if ours:
-        fields["error"] = _error(group.accuracy[candidate.name], record, fields)
+        _end_unless_right(group.accuracy[candidate.name], record, fields)
     with candidate.within():
         try:
             call = group.call(candidate)
@@ -63,18 +63,18 @@ def measure(benchmark: BenchmarkFixture, group: Group, candidate: Candidate, rec
     record(**fields, status="measured", reason="")
 
 
-def _error(found: dict[str, Any], record: Record, fields: dict[str, Any]) -> float:
-    """The error that `check` found, or the end of the bench where there is no result or a wrong one."""
+def _end_unless_right(found: dict[str, Any], record: Record, fields: dict[str, Any]) -> None:
+    """End the bench where `check` found no result or a wrong one; the error becomes one of the fields."""
     if "refused" in found:
         _skip(found["refused"], record, fields)
-    error = found["error"]
-    if isinstance(error, str):
-        status, reason = "failed", error
-    elif not found["accurate"]:
-        off = f"off by {error:.1e}" if found["finite"] else "not finite"
-        status, reason = "inaccurate", f"{off}, where PyTorch is off by {found['plain_error']:.1e} of the largest value"
+    if isinstance(found["error"], str):
+        status, reason = "failed", found["error"]
     else:
-        return error
+        fields["error"] = found["error"]
+        if found["accurate"]:
+            return
+        off = f"off by {found['error']:.1e}" if found["finite"] else "not finite"
+        status, reason = "inaccurate", f"{off}, where PyTorch is off by {found['plain_error']:.1e} of the largest value"
     record(**fields, status=status, reason=reason)
     pytest.fail(f"{status} on {fields['backend']}, so not timed: {reason}", pytrace=False)
 
