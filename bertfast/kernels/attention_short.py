@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast import reference
 from bertfast.kernels import dropout, hardware
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -115,10 +116,10 @@ def _varlen_attention_short_fwd_kernel(
                 q = -q
             same = row_head[:, None] == tl.where(exists, row_head, -1)[None, :]
             p, top, total = _probabilities(q, k, same, scale_log2)
+            kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, token, row_head, sequence, 0, shift, 64)
-                p = tl.where(kept, p, 0.0) * multiplier
-            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+            o = tl.dot(dropout.drop(p.to(v.dtype), kept), v, input_precision="ieee") * (multiplier / total)[:, None]
             store_rows(written, (token * heads + row_head) * SIZE, exists, o, SIZE, BLOCK_SIZE)
             if lse is not None:
                 to = lse + row_head.to(tl.int64) * tokens + (start + token)
@@ -135,10 +136,10 @@ def _varlen_attention_short_fwd_kernel(
             if NEGATIVE:
                 q = -q
             p, top, total = _probabilities(q, k, (column < length)[None, :], scale_log2)
+            kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, token, token * 0 + head, sequence, 0, 6, 128)
-                p = tl.where(kept, p, 0.0) * multiplier
-            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+            o = tl.dot(dropout.drop(p.to(v.dtype), kept), v, input_precision="ieee") * (multiplier / total)[:, None]
             store_rows(written, (token * heads + head) * SIZE, exists, o, SIZE, BLOCK_SIZE)
             if lse is not None:
                 to = lse + head.to(tl.int64) * tokens + (start + token)
@@ -158,15 +159,6 @@ def recompute(q, k, lse, seen, bias, scale_log2, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def drop(p, kept, multiplier):
-    """p, or its gradient, after dropout."""
-    if kept is None:
-        return p
-    else:
-        return tl.where(kept, p, 0.0) * multiplier
-
-
-@triton.jit
 def no_sum(KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TURNED: tl.constexpr):
     """Zeros for `sum_over_queries` to begin with."""
     if TURNED:
@@ -178,7 +170,6 @@ def no_sum(KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TURNED: tl.constexpr):
 @triton.jit
 def sum_over_queries(total, scores, rows, TURNED: tl.constexpr, PRECISION: tl.constexpr):
     """total + scores^T rows, (keys, BLOCK_SIZE), or turned over, rows^T scores. `turn` gives it back."""
-    scores = scores.to(rows.dtype)
     if TURNED:
         return tl.dot(tl.trans(rows), scores, total, input_precision=PRECISION)
     else:
@@ -197,8 +188,12 @@ def turn(total, TURNED: tl.constexpr):
 @triton.jit
 def differentiate(p, kept, multiplier, do, v, delta, PRECISION: tl.constexpr):
     """dS / scale, rounded. delta: rowsum(P dP)."""
-    dp = drop(tl.dot(do, tl.trans(v), input_precision=PRECISION), kept, multiplier)
-    return (p * (dp - delta[:, None])).to(do.dtype)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if kept is None:
+        difference = dp - delta[:, None]
+    else:
+        difference = tl.where(dropout.is_kept(kept), dp * multiplier - delta[:, None], -delta[:, None])
+    return (p * difference).to(do.dtype)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "groups", "threshold"])
@@ -254,14 +249,14 @@ def _varlen_attention_short_bwd_kernel(
             kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, token, row_head, sequence, 0, shift, 64)
-            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, TURNED, "ieee")
+            dv = sum_over_queries(nothing, dropout.drop(p.to(do.dtype), kept), do, TURNED, "ieee")
             ds = differentiate(p, kept, multiplier, do, v, delta, "ieee")
             dk = sum_over_queries(nothing, ds, q, TURNED, "ieee")
             dq = tl.dot(ds, k, input_precision="ieee")
             at = (token * 3 * heads + row_head) * SIZE
             store_rows(gradients, at, exists, dq * scale, SIZE, BLOCK_SIZE)
             store_rows(gradients + step, at, exists, turn(dk, TURNED) * tl.abs(scale), SIZE, BLOCK_SIZE)
-            store_rows(gradients + 2 * step, at, exists, turn(dv, TURNED), SIZE, BLOCK_SIZE)
+            store_rows(gradients + 2 * step, at, exists, turn(dv, TURNED) * multiplier, SIZE, BLOCK_SIZE)
     elif LONGEST > 64:
         query = tl.arange(0, 128)
         inside = query < length
@@ -285,13 +280,13 @@ def _varlen_attention_short_bwd_kernel(
             kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, 64)
-            dv = sum_over_queries(nothing, drop(p, kept, multiplier), do, TURNED, "ieee")
+            dv = sum_over_queries(nothing, dropout.drop(p.to(do.dtype), kept), do, TURNED, "ieee")
             ds = differentiate(p, kept, multiplier, do, v, delta, "ieee")
             dk = sum_over_queries(nothing, ds, q, TURNED, "ieee")
             dq = tl.dot(ds, k, dq, input_precision="ieee")
             to = (column * 3 * heads + head) * SIZE
             store_rows(gradients + step, to, seen, turn(dk, TURNED) * tl.abs(scale), SIZE, BLOCK_SIZE)
-            store_rows(gradients + 2 * step, to, seen, turn(dv, TURNED), SIZE, BLOCK_SIZE)
+            store_rows(gradients + 2 * step, to, seen, turn(dv, TURNED) * multiplier, SIZE, BLOCK_SIZE)
         store_rows(gradients, (query * 3 * heads + head) * SIZE, inside, dq * scale, SIZE, BLOCK_SIZE)
 
 
@@ -319,7 +314,7 @@ def _settings(qkv, max_seqlen, scale, dropout_p, seed):
     """The arguments that both kernels are given by name."""
     heads, size = qkv.shape[2:]
     longest = max(16, triton.next_power_of_2(max_seqlen))
-    threshold, multiplier = dropout.settings(dropout_p, seed)
+    threshold, multiplier = dropout.settings(dropout_p, seed, reference.KEY_BITS)
     return {
         "tokens": qkv.shape[0],
         "heads": heads,

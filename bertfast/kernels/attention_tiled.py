@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast import reference
 from bertfast.kernels import dropout, hardware
 from bertfast.kernels.attention_short import (
     LN_2,
     LOG2_E,
     differentiate,
-    drop,
     exponent_scale,
     find_sequence,
     load_rows,
@@ -100,7 +100,6 @@ def _attend(
     sequence,
     scale_log2,
     threshold,
-    multiplier,
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
@@ -129,11 +128,11 @@ def _attend(
         p = tl.exp2(s - finite[:, None])
         shrink = tl.exp2(top - finite)
     total = total * shrink + tl.sum(p, 1)
+    kept = None
     if seed is not None:
         kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, KEYS)
-        p = tl.where(kept, p, 0.0) * multiplier
     v = load_rows(v_rows + skip * v_stride, column * v_stride, seen, SIZE, BLOCK_SIZE)
-    o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+    o = tl.dot(dropout.drop(p.to(v.dtype), kept), v, o * shrink[:, None], input_precision=PRECISION)
     return o, new_top, total
 
 
@@ -207,19 +206,19 @@ def _varlen_attention_tiled_fwd_kernel(
             o, top, total = _attend(
                 here, k_rows, v_rows, o, top, total, query, first_key, keys, k_row_stride, v_row_stride,
                 mask, queries, mask_row_stride, mask_column_stride, seed, head, sequence, scale_log2,
-                threshold, multiplier, SIZE, BLOCK_SIZE, KEYS, True, PRECISION,
+                threshold, SIZE, BLOCK_SIZE, KEYS, True, PRECISION,
             )  # fmt: skip
         if whole < keys:
             o, top, total = _attend(
                 queried, k_rows, v_rows, o, top, total, query, whole, keys, k_row_stride, v_row_stride,
                 mask, queries, mask_row_stride, mask_column_stride, seed, head, sequence, scale_log2,
-                threshold, multiplier, SIZE, BLOCK_SIZE, KEYS, False, PRECISION,
+                threshold, SIZE, BLOCK_SIZE, KEYS, False, PRECISION,
             )  # fmt: skip
         sums = top + tl.log2(total)
         if cu_seqlens is None:  # a query may see no key at all
             sums = tl.where(total == 0, float("inf"), sums)
             total = tl.where(total == 0, 1.0, total)
-        o /= total[:, None]
+        o *= (multiplier / total)[:, None]
         to = _begin(out, first + begin, sequence, head, out_batch_stride, out_row_stride, out_head_stride)
         store_rows(to, row * out_row_stride, exists, o, SIZE, BLOCK_SIZE)
         if lse is not None:
@@ -467,13 +466,13 @@ def _varlen_attention_tiled_dkv_kernel(
             kept = None
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, begin, 6, KEYS)
-            v_total = sum_over_queries(v_total, drop(p, kept, multiplier), do, TURNED, PRECISION)
+            v_total = sum_over_queries(v_total, dropout.drop(p.to(do.dtype), kept), do, TURNED, PRECISION)
             ds = differentiate(p, kept, multiplier, do, v_here, differences, PRECISION)
             k_total = sum_over_queries(k_total, ds, queried, TURNED, PRECISION)
         to_k = _begin(dk, first + begin, sequence, head, dk_batch_stride, dk_row_stride, dk_head_stride)
         store_rows(to_k, column * dk_row_stride, exists, turn(k_total, TURNED) * tl.abs(scale), SIZE, BLOCK_SIZE)
         to_v = _begin(dv, first + begin, sequence, head, dk_batch_stride, dk_row_stride, dk_head_stride)
-        store_rows(to_v, column * dk_row_stride, exists, turn(v_total, TURNED), SIZE, BLOCK_SIZE)
+        store_rows(to_v, column * dk_row_stride, exists, turn(v_total, TURNED) * multiplier, SIZE, BLOCK_SIZE)
 
 
 class Tile(NamedTuple):
@@ -524,9 +523,9 @@ TF32: dict[int, dict[int, Tiles]] = {
 }
 # On the ordinary units, which take both factors from registers.
 IEEE: dict[int, Tiles] = {
-    32: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    32: Tiles(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1)),
     64: Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    128: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
 }
 
 
@@ -583,7 +582,7 @@ class Attention(NamedTuple):
     def settings(self) -> dict[str, object]:
         """The arguments that all three kernels are given by name."""
         size = self.q.shape[-1]
-        threshold, multiplier = dropout.settings(self.dropout_p, self.seed)
+        threshold, multiplier = dropout.settings(self.dropout_p, self.seed, reference.KEY_BITS)
         return {
             "scale_log2": exponent_scale(self.scale),
             "threshold": threshold,

@@ -1,7 +1,8 @@
 """The random bits of dropout, the same as `bertfast.reference.dropout_multiplier` bit for bit: Philox4x32-7.
 
-One call of Philox gives four words of 32 bits, which serve eight columns of 16 bits each. A thread keeps the columns
-that it draws: they come out of `tl.join` in its own registers, in the layout that 16-byte accesses have.
+One call of Philox gives four words of 32 bits, which serve eight columns of a row, 16 bits each, or sixteen keys of
+attention, 8 bits each. A thread keeps the columns of a row that it draws: they come out of `tl.join` in its own
+registers, in the layout that 16-byte accesses have.
 """
 
 import torch
@@ -11,10 +12,22 @@ import triton.language as tl
 from bertfast import reference
 
 
-def settings(p: float, seed: torch.Tensor | None) -> tuple[int, float]:
-    """What a kernel is told of the probability: 16 bits below the first drop an element, the second scales the rest."""
-    threshold = 0 if seed is None else reference.dropout_threshold(p)
+def settings(p: float, seed: torch.Tensor | None, bits: int = 16) -> tuple[int, float]:
+    """What a kernel is told of the probability: bits below the first drop an element, the second scales the rest."""
+    threshold = 0 if seed is None else reference.dropout_threshold(p, bits)
     return threshold, 65536 / (65536 - threshold)
+
+
+# All 64 bits of a product. Of the plain one, each half may become an instruction of its own.
+_MULTIPLY_WIDE = tl.constexpr("mul.wide.u32 $0, $1, $2;")
+
+
+@triton.jit
+def _multiply_wide(a, b: tl.constexpr):
+    """a * b, of uint32, as uint64."""
+    return tl.inline_asm_elementwise(
+        _MULTIPLY_WIDE, "=l,r,r", [a, tl.cast(b, tl.uint32)], dtype=tl.uint64, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -25,8 +38,7 @@ def philox(seed, c0, c1, c2, c3):
     """
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(7):
-        # 64-bit products: one instruction gives both halves.
-        left, right = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        left, right = _multiply_wide(c0, 0xD2511F53), _multiply_wide(c2, 0xCD9E8D57)
         c0, c1 = (right >> 32).to(tl.uint32) ^ c1 ^ k0, right.to(tl.uint32)
         c2, c3 = (left >> 32).to(tl.uint32) ^ c3 ^ k1, left.to(tl.uint32)
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
@@ -57,20 +69,29 @@ def row_multiplier(seed, threshold, scale, row, BLOCK: tl.constexpr, VECTOR: tl.
 
 
 @triton.jit
+def _not_below(x, threshold):
+    """Which of the four bytes of x are not below those of the threshold, in their highest bits."""
+    others = (x | 0x80808080) - (threshold & 0x7F7F7F7F)
+    return (x & others) | ((x | others) & ~threshold)
+
+
+@triton.jit
 def kept_keys(seed, threshold, query, head, sequence, first, shift, KEYS: tl.constexpr):
-    """Which of the keys first .. first + KEYS are kept of each query's, (queries, KEYS) bool. KEYS divides
-    64, or 64 divides it; it divides first.
+    """Which of the keys first .. first + KEYS are kept of each query's, for `drop` and `is_kept`: (queries, KEYS) words
+    whose bytes have it in their highest bits, and (1, KEYS) which byte it is. KEYS divides 64, or 64 divides it; it
+    divides first.
 
     query, head: (queries,) int32. shift: of 64 keys the first 2^shift repeat, as those of heads that
     stand side by side do.
 
-    A call of Philox serves eight keys that stand 8 apart, which are one thread's where a product of the matrix units
-    has the keys as its columns. Each key says here which call and which lane of it are its own; that eight calls of a
-    thread are the same and that their lanes are known is left to the compiler, which makes them one. Rows and columns
-    of counters are broadcast where a round mixes them, so that the first two rounds cost next to nothing.
+    A call of Philox serves sixteen keys, which are one thread's where a product of the matrix units has the keys as its
+    columns: see `reference.key_dropout_multiplier`. Each key says here which call and which byte of it are its own;
+    that sixteen calls of a thread are the same and that their bytes are known is left to the compiler, which makes
+    them one. Rows and columns of counters are broadcast where a round mixes them, so that the first two rounds cost
+    next to nothing.
     """
     key = tl.arange(0, KEYS)
-    group = (first >> 6) * 8 + (key >> 6) * 8 + (key & 7)
+    group = (first >> 6) * 4 + (key >> 6) * 4 + (key >> 1 & 3)
     w0, w1, w2, w3 = philox(
         seed,
         group[None, :].to(tl.uint32),
@@ -78,11 +99,42 @@ def kept_keys(seed, threshold, query, head, sequence, first, shift, KEYS: tl.con
         head[:, None].to(tl.uint32),
         sequence.to(tl.uint32),
     )
+    bytes_ = (threshold >> 8).to(tl.uint32) * 0x01010101
+    w0, w1 = _not_below(w0, bytes_), _not_below(w1, bytes_)
+    w2, w3 = _not_below(w2, bytes_), _not_below(w3, bytes_)
     if KEYS == 64:
         w1 = tl.where(shift == 4, w0, w1)
         w2, w3 = tl.where(shift == 6, w2, w0), tl.where(shift == 6, w3, w1)
-    lane = ((key if KEYS >= 64 else first + key) >> 3)[None, :] & 7
-    word = tl.where((lane & 4) != 0, tl.where((lane & 2) != 0, w3, w2), tl.where((lane & 2) != 0, w1, w0))
-    # What stands below an upper half is too little to matter against a threshold with zeros there.
-    drawn = tl.where((lane & 1) != 0, word, word << 16)
-    return drawn >= (threshold.to(tl.uint32) << 16)
+    place = (key if KEYS >= 64 else first + key)[None, :]
+    word = tl.where((place & 32) != 0, tl.where((place & 16) != 0, w3, w2), tl.where((place & 16) != 0, w1, w0))
+    return word, (place >> 2 & 2) + (place & 1)
+
+
+@triton.jit
+def is_kept(kept):
+    """(queries, KEYS) bool of what `kept_keys` returns."""
+    word, byte = kept
+    return (word & (tl.full((1,), 0x80, tl.uint32) << (byte * 8).to(tl.uint32))) != 0
+
+
+# Two bytes' highest bits, spread over the 16 bits of either, and with a pair of half precision numbers. Left to itself
+# the compiler selects the numbers one by one and packs them again: 3 instructions an element instead of one.
+_DROP_PAIR = tl.constexpr(
+    "{ .reg .b32 s, m; prmt.b32 s, $4, $5, 0x7650; prmt.b32 m, $2, $3, s; and.b32 $0, $1, m; }",
+)
+
+
+@triton.jit
+def drop(p, kept):
+    """p where it is kept and 0 elsewhere. kept: from `kept_keys`, or None where all are."""
+    if kept is None:
+        return p
+    elif p.dtype.primitive_bitwidth == 16:
+        word, byte = kept
+        # Of prmt: the highest bit of a byte of the first word as a lower half, of the second as an upper.
+        selector = byte * 0x1111 + 0xCC88
+        return tl.inline_asm_elementwise(
+            _DROP_PAIR, "=r,r,r,r,r,r", [p, word, selector], dtype=p.dtype, is_pure=True, pack=2
+        )
+    else:
+        return tl.where(is_kept(kept), p, 0.0)

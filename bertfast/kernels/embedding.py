@@ -23,9 +23,9 @@ JOIN_CHUNKS, JOIN_COLUMNS, JOIN_WARPS = 32, 128, 4
 
 
 @triton.jit
-def _look_up(table, rows, ids, token, exists, column, COLUMNS: tl.constexpr):
-    """(tokens, BLOCK) float32: the rows table[ids[token]], and which of the ids the table has. No ids mean 0."""
-    i = tl.zeros_like(token) if ids is None else tl.load(ids + token, mask=exists, other=0)
+def _look_up(table, rows, ids, begin, row, exists, column, COLUMNS: tl.constexpr):
+    """(rows, BLOCK) float32: the rows table[ids[begin + row]], and which ids the table has. No ids mean 0."""
+    i = tl.zeros_like(row).to(tl.int64) if ids is None else tl.load(ids + begin + row, mask=exists, other=0)
     known = (i >= 0) & (i < rows)
     mask = (exists & known)[:, None] & (column < COLUMNS)[None, :]
     return tl.load(table + i[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32), known
@@ -63,23 +63,22 @@ def _embed_layer_norm_fwd_kernel(
         key = tl.load(seed)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_ROWS), tl.num_programs(0)):
         begin = tl.cast(tile, tl.int64) * BLOCK_ROWS
-        token = begin + row
-        exists = token < tokens
-        y, known_id = _look_up(word, vocabulary, input_ids, token, exists, column, COLUMNS)
-        t, known_type = _look_up(token_type, types, token_type_ids, token, exists, column, COLUMNS)
-        p, known_position = _look_up(position, positions, position_ids, token, exists, column, COLUMNS)
+        exists = row < tokens - begin
+        y, known_id = _look_up(word, vocabulary, input_ids, begin, row, exists, column, COLUMNS)
+        t, known_type = _look_up(token_type, types, token_type_ids, begin, row, exists, column, COLUMNS)
+        p, known_position = _look_up(position, positions, position_ids, begin, row, exists, column, COLUMNS)
         xhat, m, s = norm.normalise(y + t + p, column, eps, COLUMNS)
         lost = tl.where(known_id & known_type & known_position, 0.0, float("nan"))
         y = xhat * gamma + (beta + lost[:, None])
         if seed is not None:
             y *= dropout.row_multiplier(
-                key, threshold, scale, token, BLOCK, 128 // word.dtype.element_ty.primitive_bitwidth
+                key, threshold, scale, begin + row, BLOCK, 128 // word.dtype.element_ty.primitive_bitwidth
             )
         inside = exists[:, None] & (column < COLUMNS)[None, :]
         tl.store(out + begin * COLUMNS + place, y.to(out.dtype.element_ty), mask=inside)
         if mean is not None:
-            tl.store(mean + token, m, mask=exists)
-            tl.store(rstd + token, s + lost, mask=exists)
+            tl.store(mean + begin + row, m, mask=exists)
+            tl.store(rstd + begin + row, s + lost, mask=exists)
 
 
 @triton.jit(do_not_specialize=["tokens", "length", "vocabulary", "positions", "types", "threshold"])
@@ -117,18 +116,17 @@ def _embed_layer_norm_bwd_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     for step in range(0, length, BLOCK_ROWS):
         begin = chunk * length + step
-        token = begin + row
-        exists = token < tokens
+        exists = row < tokens - begin
         inside = exists[:, None] & (column < COLUMNS)[None, :]
         g = tl.load(dout + begin * COLUMNS + place, mask=inside, other=0.0).to(tl.float32)
-        y, _ = _look_up(word, vocabulary, input_ids, token, exists, column, COLUMNS)
-        t, _ = _look_up(token_type, types, token_type_ids, token, exists, column, COLUMNS)
-        p, _ = _look_up(position, positions, position_ids, token, exists, column, COLUMNS)
-        m = tl.load(mean + token, mask=exists, other=0.0)
-        s = tl.load(rstd + token, mask=exists, other=0.0)
+        y, _ = _look_up(word, vocabulary, input_ids, begin, row, exists, column, COLUMNS)
+        t, _ = _look_up(token_type, types, token_type_ids, begin, row, exists, column, COLUMNS)
+        p, _ = _look_up(position, positions, position_ids, begin, row, exists, column, COLUMNS)
+        m = tl.load(mean + begin + row, mask=exists, other=0.0)
+        s = tl.load(rstd + begin + row, mask=exists, other=0.0)
         if seed is not None:
             g *= dropout.row_multiplier(
-                key, threshold, scale, token, BLOCK, 128 // word.dtype.element_ty.primitive_bitwidth
+                key, threshold, scale, begin + row, BLOCK, 128 // word.dtype.element_ty.primitive_bitwidth
             )
         xhat = (y + t + p - m[:, None]) * s[:, None]
         dweight += tl.sum(g * xhat, 0)

@@ -31,7 +31,9 @@ def varlen_attention(
         order: (sequences,) int32, the order in which a GPU begins the sequences, as in `Packing.order`: longest first
             keeps it busy to the end. The result does not depend on it.
         scale: defaults to 1 / sqrt(head_size).
-        dropout_p, seed: as in `residual_layer_norm`, on the probabilities.
+        dropout_p: probability in [0, 1) that a probability is dropped, in steps of 2^-8 as in FlashAttention: 0.1 is
+            26 / 256, and the kept ones are divided by 1 - 26 / 256; below 1 / 512 nothing is dropped.
+        seed: as in `residual_layer_norm`.
 
     Returns (tokens, heads, head_size), dense, in qkv's dtype; scores and softmax are float32. The backward recomputes
     the probabilities from the log-sum-exp of each row. Raises ValueError / TypeError where shapes, dtypes or devices
@@ -100,7 +102,7 @@ def _cpu_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, sav
     out = qkv.new_empty(tokens, heads, size)
     lse = torch.empty(heads, tokens, dtype=torch.float32) if save else None
     arguments = _cpu_arguments(qkv, cu_seqlens, out, lse)
-    cpu.launch("varlen_attention_fwd", qkv.dtype, *arguments, scale, *cpu.dropout(dropout_p, seed))
+    cpu.launch("varlen_attention_fwd", qkv.dtype, *arguments, scale, *cpu.dropout(dropout_p, seed, reference.KEY_BITS))
     return out, lse
 
 
@@ -109,7 +111,9 @@ def _cpu_backward(dout, qkv, cu_seqlens, max_seqlen, order, out, lse, scale, dro
     dout, cu_seqlens, out = registry.dense(dout, cu_seqlens, out)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     arguments = _cpu_arguments(qkv, cu_seqlens, out, lse, dqkv)
-    cpu.launch("varlen_attention_bwd", qkv.dtype, dout, *arguments, scale, *cpu.dropout(dropout_p, seed))
+    cpu.launch(
+        "varlen_attention_bwd", qkv.dtype, dout, *arguments, scale, *cpu.dropout(dropout_p, seed, reference.KEY_BITS)
+    )
     return dqkv
 
 
@@ -148,7 +152,7 @@ def _cuda_forward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, sa
         qkv,
         *(qkv, *qkv.stride()[:3], cu_seqlens.contiguous(), None if order is None else order.contiguous(), out, lse),
         *(tokens, cu_seqlens.shape[0] - 1, heads, size, max_seqlen, scale),
-        *cuda.dropout(dropout_p, seed),
+        *cuda.dropout(dropout_p, seed, reference.KEY_BITS),
         _has_warpgroups(qkv.device),
     )
     return out, lse

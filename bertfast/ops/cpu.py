@@ -15,9 +15,9 @@ def statistics(rows: int, save: bool) -> tuple[Tensor | None, Tensor | None]:
     return (torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)) if save else (None, None)
 
 
-def dropout(p: float, seed: Tensor | None) -> tuple[int, int]:
+def dropout(p: float, seed: Tensor | None, bits: int = 16) -> tuple[int, int]:
     """The threshold and the seed as the launchers take them."""
-    return (0, 0) if seed is None else (reference.dropout_threshold(p), seed.item())
+    return (0, 0) if seed is None else (reference.dropout_threshold(p, bits), seed.item())
 
 
 def launch(name: str, dtype: torch.dtype, *arguments: Any) -> Any:

@@ -22,9 +22,9 @@ def statistics(x: Tensor, rows: int, save: bool) -> tuple[Tensor | None, Tensor 
     return tuple(torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
 
 
-def dropout(p: float, seed: Tensor | None) -> tuple[int, Tensor | None]:
+def dropout(p: float, seed: Tensor | None, bits: int = 16) -> tuple[int, Tensor | None]:
     """The threshold and the seed as the launchers take them: the kernel reads the seed, nobody waits for it."""
-    return (0, None) if seed is None else (reference.dropout_threshold(p), seed)
+    return (0, None) if seed is None else (reference.dropout_threshold(p, bits), seed)
 
 
 def launch(name: str, x: Tensor, *arguments: Any) -> Any:

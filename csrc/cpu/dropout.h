@@ -2,9 +2,9 @@
 //
 // Key: the seed's two halves. Counter: (group of columns, c1, c2, c3), where (c1, c2, c3) is (row, row >> 32, 0) in a
 // [rows, columns] tensor and (query, head, sequence) in attention, whose columns are the keys. The four words of one
-// counter are the 16-bit numbers of eight columns, lower half first: neighbours in a [rows, columns] tensor, and columns
-// that stand 8 apart in attention, where that is how GPUs hand scores to a thread. Every backend draws the same bits, so
-// that a mask is the same on any device and is recomputed in the backward rather than stored.
+// counter are the 16-bit numbers of eight neighbours in a [rows, columns] tensor, lower half first, and the bytes of
+// sixteen keys in attention, which stand as GPUs hand scores to a thread. Every backend draws the same bits, so that a
+// mask is the same on any device and is recomputed in the backward rather than stored.
 #pragma once
 
 #include "kernels.h"
@@ -85,18 +85,26 @@ BERTFAST_INLINE void dropout_row(Dropout dropout, int64_t row, float* out, int64
 // The multipliers of a row of attention's probabilities: those of `query` for the keys [0, keys).
 BERTFAST_INLINE void dropout_keys(Dropout dropout, uint32_t query, uint32_t head, uint32_t sequence, float* out,
                                   int64_t keys) {
-    typedef uint16_t Narrow __attribute__((vector_size(2 * counters)));
-    alignas(64) uint16_t numbers[64];
-    for (int64_t j = 0; j < keys; j += 64) {
-        for (int r = 0; r < 8; r += counters) {
-            const Words words = philox(dropout.seed, static_cast<uint32_t>(j / 8 + r), query, head, sequence);
-            for (int lane = 0; lane < 8; ++lane) {
-                const VecLong word = words.x[lane / 2];
-                const Narrow drawn = __builtin_convertvector(lane % 2 ? word >> 16 & 0xffffu : word & 0xffffu, Narrow);
-                std::memcpy(numbers + 8 * lane + r, &drawn, sizeof drawn);
+    // Key 64 b + 16 w + 8 h + 2 r + i has byte 2 h + i of word w of counter 4 b + r: as the upper one of its number, so
+    // that two neighbours, i = 0 and 1, are 32 bits.
+    typedef uint32_t Pairs __attribute__((vector_size(4 * counters)));
+    constexpr int width = counters > 4 ? 16 * counters : 64, together = counters < 4 ? counters : 4;
+    alignas(64) uint16_t numbers[width];
+    for (int64_t j = 0; j < keys; j += width) {
+        for (int group = 0; group < width / 16; group += counters) {
+            const Words words = philox(dropout.seed, static_cast<uint32_t>(j / 16 + group), query, head, sequence);
+            for (int w = 0; w < 4; ++w) {
+                const VecLong x = words.x[w];
+                for (int h = 0; h < 2; ++h) {
+                    const Pairs pairs = __builtin_convertvector(
+                        h ? (x >> 8 & 0xff00u) | (x & 0xff000000u) : (x & 0xffu) << 8 | (x & 0xff00u) << 16, Pairs);
+                    for (int i = 0; i < counters; i += together)
+                        std::memcpy(numbers + (group + i) / 4 * 64 + 16 * w + 8 * h + (group + i) % 4 * 2,
+                                    reinterpret_cast<const uint32_t*>(&pairs) + i, 4 * together);
+                }
             }
         }
-        multipliers_of(dropout, numbers, out + j, keys - j < 64 ? keys - j : 64);
+        multipliers_of(dropout, numbers, out + j, keys - j < width ? keys - j : width);
     }
 }
 

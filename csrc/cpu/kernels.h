@@ -16,8 +16,9 @@ namespace bertfast {
 
 enum class DType : int { float32 = 0, bfloat16 = 1 };
 
-// Dropout as in reference.dropout_mask: element (row, column) is kept where its 16 random bits are not below
-// `threshold`, and then multiplied by 65536 / (65536 - threshold). threshold == 0 is no dropout.
+// Dropout as in reference.dropout_multiplier: an element is kept where its 16 random bits are not below `threshold`, and
+// then multiplied by 65536 / (65536 - threshold). threshold == 0 is no dropout. Attention draws only the upper 8 of the
+// bits, and its threshold is a multiple of 256.
 struct Dropout {
     uint32_t threshold = 0;
     uint64_t seed = 0;

@@ -90,7 +90,7 @@ void forward(const VarlenAttention& p, cudaStream_t stream) {
     a.scale_log2 = std::fmax(std::fabs(p.scale) * 1.44269504f, FLT_MIN);  // minus infinity times 0 would be NaN
     a.signs = p.scale < 0 ? 0x80008000u : 0;
     a.multiplier = 65536.0f / (65536.0f - p.dropout.threshold);
-    a.threshold = p.dropout.threshold, a.seed = p.dropout.seed;
+    a.threshold = p.dropout.threshold / 256 * 0x01010101u, a.seed = p.dropout.seed;
     // K and V of as many heads as a block has, which is 128 rows at most, and Q where wgmma comes to be used.
     const bool warpgroups = p.warpgroups && a.signs == 0;
     const size_t shared_bytes = (warpgroups && max_length > 64 ? 3 : 2) * longest_sequence * head_size * sizeof(T);

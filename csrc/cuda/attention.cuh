@@ -44,7 +44,7 @@ struct AttentionArguments {
     float scale_log2;                                          // |scale| log2(e): scores are exponents of 2
     uint32_t signs;                                            // of two elements, flipped in q: a negative scale's
     float multiplier;                                          // of what dropout keeps
-    uint32_t threshold;                                        // of dropout
+    uint32_t threshold;                                        // of dropout, in each byte
     const int64_t* seed;
 
     // Its first query.
@@ -104,27 +104,6 @@ __device__ RowSums softmax(float (&s)[tiles][4], unsigned lane, int length, floa
     return rows;
 }
 
-// Zeroes the probabilities that dropout takes away. The keys that one Philox call serves stand 8 apart: these are a
-// thread's own, one in each of eight tiles. Of the call's words tile j has the lower half of word j / 2 or the upper.
-template <int tiles>
-__device__ void drop(float (&p)[tiles][4], unsigned lane, int first_query, const Sequence& sequence, uint32_t threshold,
-                     int64_t seed) {
-    const uint32_t group = lane % 4 * 2, query = first_query + lane / 4;
-    const uint32_t shifted = threshold << 16;  // so that a word's upper half is compared where it stands
-#pragma unroll
-    for (int block = 0; block < tiles; block += 8) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const Philox words = philox(seed, block + group + i % 2, query + i / 2 * 8, sequence.head, sequence.index);
-#pragma unroll
-            for (int j = 0; j < 8 && block + j < tiles; ++j) {
-                const uint32_t word = words.x[j / 2];
-                if ((j % 2 ? word : word << 16) < shifted) p[block + j][i] = 0;
-            }
-        }
-    }
-}
-
 // Probabilities as left operands, each of 16 keys.
 template <class T, int tiles>
 __device__ void round_to(uint32_t (&operands)[tiles / 2][4], const float (&p)[tiles][4]) {
@@ -133,6 +112,34 @@ __device__ void round_to(uint32_t (&operands)[tiles / 2][4], const float (&p)[ti
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             operands[k][i] = pack<T>(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+// The bytes of x that are not below those of `threshold`, in their highest bits: four comparisons at once. A byte is that
+// where its highest bit says so against the threshold's, and where these are the same its other bits do.
+__device__ inline uint32_t not_below(uint32_t x, uint32_t threshold) {
+    const uint32_t others = (x | 0x80808080u) - (threshold & 0x7f7f7f7fu);
+    return (x & others) | ((x | others) & ~threshold);
+}
+
+// Zeroes the probabilities that dropout takes away. The sixteen keys of 64 that one Philox call serves are a thread's
+// own: of each operand a pair of neighbours in either half. Its word has a byte for each of the four.
+template <int operands>
+__device__ void drop(uint32_t (&p)[operands][4], unsigned lane, int first_query, const Sequence& sequence,
+                     uint32_t threshold, int64_t seed) {
+#pragma unroll
+    for (int block = 0; block < operands; block += 4) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint32_t query = first_query + lane / 4 + 8 * r;
+            const Philox words = philox(seed, block + lane % 4, query, sequence.head, sequence.index);
+#pragma unroll
+            for (int k = 0; k < 4 && block + k < operands; ++k) {
+                const uint32_t kept = not_below(words.x[k], threshold);
+                p[block + k][r] &= spread_signs<0, 1>(kept);
+                p[block + k][2 + r] &= spread_signs<2, 3>(kept);
+            }
+        }
+    }
 }
 
 // Writes o / sum for the queries from first_query on that are in the sequence, and their log-sum-exp.

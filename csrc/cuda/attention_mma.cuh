@@ -107,9 +107,9 @@ __device__ void attend(const AttentionArguments<T>& a, const Sequence& sequence,
         float s[tiles][4];
         multiply_keys<T, head_size>(s, queries, a.signs, k, lane);
         const RowSums rows = softmax(s, lane, sequence.length, a.scale_log2);
-        if constexpr (dropout) drop(s, lane, first, sequence, a.threshold, seed);
         uint32_t p[tiles / 2][4];
         round_to<T>(p, s);
+        if constexpr (dropout) drop(p, lane, first, sequence, a.threshold, seed);
         // The next queries come while these meet the values, when registers are free for them.
         const int next = first + 16 * warps_of_a_head * a.parts;
         load_queries<T, head_size>(queries, a, sequence, lane, next);

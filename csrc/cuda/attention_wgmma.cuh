@@ -51,8 +51,8 @@ __device__ void attend_as_warpgroup(const AttentionArguments<T>& a, const Sequen
         // The warpgroup multiplies as one, but a warp whose 16 queries are behind the end need not do more.
         if (first < sequence.length) {
             rows = softmax(s, lane, sequence.length, a.scale_log2);
-            if constexpr (dropout) drop(s, lane, first, sequence, a.threshold, recompute(seed));
             round_to<T>(p, s);
+            if constexpr (dropout) drop(p, lane, first, sequence, a.threshold, recompute(seed));
         }
         float o[head_size / 8][4];
         begin_products();

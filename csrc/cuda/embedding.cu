@@ -48,16 +48,15 @@ struct Embedded {
 
     __device__ uint32_t values(const Piece& slice, int64_t row, const Kept& kept, const Loaded& loaded,
                                float (&y)[held]) const {
+        uint32_t bits = 0;
+        if constexpr (drops) bits = kept.dropout.kept(slice, row);  // first: it needs registers that the sums fill
         float p[held], t[held];
         slice.widen(loaded.word, y);
         slice.widen(loaded.position, p);
         slice.widen(loaded.type, t);
 #pragma unroll
         for (int e = 0; e < held; ++e) y[e] = loaded.outside ? __int_as_float(0x7fffffff) : y[e] + t[e] + p[e];
-        if constexpr (drops)
-            return kept.dropout.kept(slice, row);
-        else
-            return 0;
+        return bits;
     }
 
     __device__ void finish(const Kept& kept, uint32_t bits, float (&out)[held]) const {

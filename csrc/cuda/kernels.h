@@ -54,6 +54,7 @@ void bias_gelu_bwd(const BiasGeluBackward&, Stream);
 
 // Dropout as in reference.dropout_multiplier: an element is kept where its 16 random bits are not below `threshold`,
 // and then multiplied by 65536 / (65536 - threshold). threshold == 0 is no dropout; the seed is read by the kernel.
+// Attention draws only the upper 8 of the bits, and its threshold is a multiple of 256.
 struct Dropout {
     uint32_t threshold = 0;
     const int64_t* seed = nullptr;

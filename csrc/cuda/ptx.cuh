@@ -50,6 +50,14 @@ __device__ inline uint64_t multiply_wide(uint32_t a, uint32_t b) {
     return product;
 }
 
+// Two bytes of x, the lower one first: 16 bits of each, all like its highest.
+template <int low, int high>
+__device__ inline uint32_t spread_signs(uint32_t x) {
+    uint32_t bits;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bits) : "r"(x), "n"(0x8888 + 0x11 * low + 0x1100 * high));
+    return bits;
+}
+
 // nvcc splits the plain store in four where it stands in an unrolled loop.
 __device__ inline void store_16_bytes(void* to, uint4 bits) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),

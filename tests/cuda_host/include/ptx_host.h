@@ -18,6 +18,11 @@ inline float larger(float a, float b) { return a != a || b != b ? NAN : std::fma
 
 inline uint64_t multiply_wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 
+template <int low, int high>
+uint32_t spread_signs(uint32_t x) {
+    return (x >> (8 * low + 7) & 1 ? 0xffffu : 0u) | (x >> (8 * high + 7) & 1 ? 0xffff0000u : 0u);
+}
+
 inline void store_16_bytes(void* to, uint4 bits) {
     cuda_host::check_access(to, 16, true, 16);
     std::memcpy(to, &bits, 16);
