@@ -30,10 +30,7 @@ SECONDS = {"quick": 270.0, "full": 3500.0}
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 _SLOW = {"cpu": "float16", "cuda": ""}  # which no kernels are made for
 # Those that are ready within seconds: all that the quick set has time for, and what the curves are drawn of.
-SHORTLIST = (
-    *(BASELINE, "bertfast", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"),
-    *("ctranslate2", "ctranslate2-int8"),
-)
+SHORTLIST = (BASELINE, "bertfast", "onnxruntime", "onnxruntime-int8", "openvino", "ctranslate2")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

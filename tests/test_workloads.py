@@ -51,7 +51,7 @@ def test_pairs_are_of_two_types():
 def test_ids_are_of_the_vocabulary_in_hand():
     for vocabulary in (2, 53, VOCABULARY):
         (batch,) = Workload("some", (9, 4), ids=((30000,) * 9,)).batches(vocabulary)
-        assert 0 <= batch["input_ids"].min() and batch["input_ids"].max() < vocabulary
+        assert batch["input_ids"].min() >= 0 and batch["input_ids"].max() < vocabulary
 
 
 def test_all_workloads_are_the_same_every_time():
