@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from benchmarks.cases.linear import projection, qkv
 from benchmarks.cases.masked_attention import masked_attention
 from benchmarks.cases.norm import residual_layer_norm
 from benchmarks.cases.shapes import SHAPES, Shape
-from bertfast import ops
+from bertfast import ops, reference
 
 ROOT = Path(__file__).parent.parent
 BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
@@ -120,6 +121,22 @@ def test_each_small_case_is_right_on_the_reference():
     for case in lists.small("cpu"):
         found = check(case, ["reference", "cuda"], case.inputs(0))
         assert found["reference"]["accurate"] and "runs on CUDA tensors" in found["cuda"]["refused"], case.key
+
+
+@pytest.mark.parametrize(
+    ("direction", "ours", "finite"),
+    [
+        (FORWARD, lambda x, bias: reference.bias_gelu(x, bias) + 1e-3, True),
+        (FORWARD, lambda x, bias: reference.bias_gelu(x, bias).where(x != x[0, 0], torch.nan), False),
+        (BACKWARD, lambda x, bias: reference.bias_gelu(x, bias) + 0.01 * (bias - bias.detach()), True),
+    ],
+    ids=["off", "not finite", "a wrong gradient"],
+)
+def test_what_is_wrong_is_found(direction, ours, finite):
+    case = CASES["gelu"](direction)
+    found = check(replace(case, ours=ours), ["reference"], case.inputs(0))["reference"]
+    assert not found["accurate"] and found["finite"] == finite
+    assert check(case, ["reference"], case.inputs(0))["reference"]["accurate"]
 
 
 def test_the_ratio_is_to_the_best_peer():
