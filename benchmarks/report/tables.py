@@ -201,7 +201,7 @@ def median(line: Line | None) -> Cell:
     if line is None or not measured(line):
         return missing(line)
     noise = line["noise"]
-    taken = words.percent((noise["others"] or 0) + (noise["steal"] or 0))
+    taken = words.percent((noise["others"] or 0) + (noise.get("steal") or 0))
     note = f"other processes and the hypervisor took {taken} of the processors' time" if noise["noisy"] else ""
     return Cell(words.duration(line["median_s"]), line["median_s"], note=note)
 
