@@ -13,8 +13,6 @@ from benchmarks.cases.case import Case, Peer
 from benchmarks.gpu.timing import input_sets
 from bertfast import backend
 
-COMPILED = "compiled"
-
 
 class Candidate(NamedTuple):
     """One way to compute a case: ours on the backend `name`, or the peer of that name."""
@@ -32,7 +30,7 @@ def candidates(case: Case, backends: Sequence[str], compiled: bool) -> Iterator[
     """The peers first: ours are compared with the best of them. compiled: with PyTorch's operations compiled too."""
     peers = dict(case.peers)
     if compiled and case.compiled is not None:
-        peers[COMPILED] = Peer(torch.compile(case.compiled, fullgraph=True, dynamic=False))
+        peers["compiled"] = Peer(torch.compile(case.compiled, fullgraph=True, dynamic=False))
     for name, peer in peers.items():
         yield Candidate(case, name, peer)
     for name in backends:
