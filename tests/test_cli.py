@@ -232,6 +232,14 @@ def test_bench_in_words_without_packed_weights(capsys, checkpoint):
     assert "256 texts" in out and "to 16," in out and "speedup" in out and "no interval" in out
 
 
+def test_bench_stops_when_the_medians_are_known(capsys, checkpoint, lines):
+    arguments = ("--texts", lines, "--batch-size", "5", "--threads", "1", "--json", "--seconds", "60")
+    out = run(capsys, "bench", checkpoint(), *arguments, "--precision", "1000")
+    _, _, stock, patched, ratio = map(json.loads, out.splitlines())
+    assert stock["rounds"] == patched["rounds"] == 6, "two passes over three batches: the first that hold an interval"
+    assert stock["converged"] and patched["converged"] and set(ratio["noise"]) == {"others", "steal", "noisy"}
+
+
 def test_bench_times_nothing_that_is_wrong(capsys, checkpoint, monkeypatch):
     right = seams.encoder_layer
     monkeypatch.setattr(seams, "encoder_layer", lambda *a, **k: right(*a, **k) * 1.001)

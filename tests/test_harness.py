@@ -1,4 +1,4 @@
-"""The harness on peers that are made up: what is right is timed, what is not is recorded with its reason, and all goes on."""
+"""The harness on made-up peers: what is right is timed, what is not is recorded with its reason, and all goes on."""
 
 import json
 import math
