@@ -114,6 +114,25 @@ def test_check_compares_and_writes_nothing(shown, suite, tmp_path, monkeypatch, 
     assert report.main([str(suite), "--check"]) == 0
 
 
+def test_the_readme_is_written_from_the_committed_results_and_from_no_others(tmp_path, monkeypatch, capsys):
+    readme, page_ = tmp_path / "README.md", tmp_path / "report.html"
+    mine = synthetic.write(
+        tmp_path / "mine.jsonl",
+        synthetic.environment("run-1"),
+        synthetic.measurements("run-1", ("1x16",), ("hf-sdpa",)),
+    )
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "draw", lambda lines: [])
+    readme.write_text(block("main"))
+    assert report.main([str(mine)]) == 0 and readme.read_text() == block("main")
+    monkeypatch.setattr(results, "SUITE", mine)
+    assert report.main([str(mine)]) == 0 and readme.read_text() == block("main", "Not measured yet.\n")
+    page_.unlink()
+    readme.write_text(block("mian"))
+    assert report.main([str(mine)]) == 2 and page_.exists(), "the rest goes on"
+    assert readme.read_text() == block("mian") and "'mian'" in capsys.readouterr().err
+
+
 # The tables.
 
 
@@ -313,14 +332,12 @@ def test_plots_without_lines_are_left_out_and_said(tmp_path, capsys):
         synthetic.environment("run-1", ceilings={}),
         synthetic.measurements("run-1", ("1x16", "length 16")),
     )
-    readme = report.README.read_text()
     assert report.main([str(path)]) == 0
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {
         f"speedup-cpu-{precision}.{kind}" for precision in ("float32", "bfloat16", "int8") for kind in ("svg", "png")
     }
     assert "no lines have what they show: throughput, latency, scaling, roofline\n" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
-    assert report.README.read_text() == readme, "only the committed results are the README's"
 
 
 def test_plots_are_the_same_files_from_the_same_lines(shown, drawn):
