@@ -16,6 +16,7 @@ from browser import CHROMIUM, Browser
 from benchmarks import results
 from benchmarks.report import __main__ as report
 from benchmarks.report import comparison, lines, markdown, page, tables, words
+from benchmarks.report.cells import Cell
 from benchmarks.report.lines import Lines
 
 LEAST_ROUNDS = 6  # a median of fewer has no 95 % interval
@@ -53,7 +54,7 @@ def one(shown: Lines, **fields: str) -> dict:
     return line
 
 
-def cells(table: tables.Table) -> list[dict[str, tables.Cell]]:
+def cells(table: tables.Table) -> list[dict[str, Cell]]:
     return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
@@ -126,7 +127,8 @@ def test_the_readme_is_written_from_the_committed_results_and_from_no_others(tmp
     readme.write_text(block("main"))
     assert report.main([str(mine)]) == 0 and readme.read_text() == block("main")
     monkeypatch.setattr(results, "SUITE", mine)
-    assert report.main([str(mine)]) == 0 and readme.read_text() == block("main", "Not measured yet.\n")
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["mine.jsonl"]) == 0 and readme.read_text() == block("main", "Not measured yet.\n")
     page_.unlink()
     readme.write_text(block("mian"))
     assert report.main([str(mine)]) == 2 and page_.exists(), "the rest goes on"
@@ -299,7 +301,7 @@ def test_bars_are_the_speed_ups(shown, drawn):
     ("name", "series", "value"),
     [
         ("throughput-cpu", "length", lambda line: line["tokens"] / line["median_s"]),
-        ("latency-cpu", "batch", lambda line: 1e3 * line["median_s"]),
+        ("latency-cpu", "batch", lambda line: line["median_s"]),
         ("scaling-cpu", "scaling", lambda line: line["sequences"] / line["median_s"]),
     ],
 )
@@ -421,6 +423,12 @@ def test_the_page_shows_the_tables_and_every_line(shown, written):
     assert [row[3] for row in found.rows["main-0"]] == ["bertfast", *(row["bertfast"].text for row in cells(main))]
     assert len(every) == 1 + len(shown.where(status="measured"))
     assert "energy" not in every[0] and "of the roofline" in every[0], "columns without any value are left out"
+
+
+def test_nothing_but_refusals_is_a_page_without_tables_of_numbers():
+    skipped = synthetic.measurements("run-1", ("1x16",), ("ctranslate2",))
+    found = Elements(page.render(Lines({"run-1": synthetic.environment("run-1")}, skipped), []))
+    assert not found.rows and "where-it-was-measured" in found.ids
 
 
 def test_what_is_written_in_results_is_text_on_the_page():

@@ -97,7 +97,7 @@ def read(path: Path, run: str | None = None) -> Lines:
 def write(lines: Lines, options: argparse.Namespace) -> int:
     """Everything there is to write; what cannot be written is said, and the rest goes on."""
     status, folder = OK, options.file.parent
-    if options.file == results.SUITE:
+    if options.file.resolve() == results.SUITE.resolve():
         try:
             README.write_text(markdown.placed(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
         except ValueError as error:

@@ -44,9 +44,7 @@ class Change:
         if self.ratio is None:
             if self.line is self.after:
                 return "new"
-            return (
-                "broken" if self.after is not None and self.after["status"] in ("failed", "inaccurate") else "missing"
-            )
+            return "missing" if self.after is None or self.after["status"] == "skipped" else "broken"
         if self.ratio.low > 1 and self.ratio.value > 1 + THRESHOLD:
             return "slower"
         if self.ratio.high < 1 and self.ratio.value < 1 / (1 + THRESHOLD):

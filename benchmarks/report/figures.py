@@ -106,14 +106,18 @@ def looks(peers: Iterable[str]) -> dict[str, Look]:
     return found | {peer: look for peer, look in special.items() if peer in found}
 
 
-def plain_ticks(ax: "Axes", x: Sequence[float] | None = None) -> None:
-    """Both axes logarithmic, marked in plain numbers rather than in powers of ten; the x axis at these values."""
+def plain_ticks(ax: "Axes", x: Sequence[float] | None = None, unit: str = "") -> None:
+    """Both axes logarithmic, marked in plain numbers rather than in powers of ten.
+
+    x: where the x axis is marked. unit: of the y axis.
+    """
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     ax.set(xscale="log", yscale="log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(EngFormatter(sep="\N{THIN SPACE}"))
-        axis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(EngFormatter())
+    ax.yaxis.set_major_formatter(EngFormatter(unit))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_locator(NullLocator())
     if x is not None:
         ax.set_xticks(x, [f"{value:g}" for value in x])

@@ -42,9 +42,6 @@ class Lines:
     def _time(self, line: Line) -> str:
         return self.environments.get(line["run"], {}).get("time", "")
 
-    def __bool__(self) -> bool:
-        return bool(self._newest)
-
     def where(self, **fields: Any) -> list[Line]:
         """The newest lines with these fields."""
         return [line for line in self._newest if all(line[name] == value for name, value in fields.items())]

@@ -5,8 +5,9 @@ import textwrap
 from collections.abc import Callable, Iterable
 
 from benchmarks.report import tables
+from benchmarks.report.cells import Cell
 from benchmarks.report.lines import Lines
-from benchmarks.report.tables import Cell, Table
+from benchmarks.report.tables import Table
 
 WIDTH = 120
 # What may stand between the README's markers, by the name in them.

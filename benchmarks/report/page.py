@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks.report import tables, words
+from benchmarks.report import everything, tables, words
+from benchmarks.report.cells import Cell, comparable
 from benchmarks.report.figures import Plot
 from benchmarks.report.lines import CURVES, OURS, PRECISIONS, Line, Lines, machine
 from benchmarks.report.style import LIGHT, css
-from benchmarks.report.tables import Cell, Table
+from benchmarks.report.tables import Table
 
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -58,16 +59,16 @@ def sections(lines: Lines, plots: Sequence[Plot]) -> dict[str, list[str]]:
     def drawn(*kinds: str) -> list[str]:
         return [figure(plot) for plot in plots if plot.name.startswith(kinds)]
 
-    def shown(found: Iterable[Table], name: str) -> list[str]:
+    def listed(found: Iterable[Table], name: str) -> list[str]:
         return [table(t, f"{name}-{i}") for i, t in enumerate(found)]
 
     found = {
-        "bertfast against Hugging Face": shown(tables.main(lines), "main"),
-        "Against the other engines": shown(tables.peers(lines), "peers") + drawn("speedup"),
+        "bertfast against Hugging Face": listed(tables.main(lines), "main"),
+        "Against the other engines": listed(tables.peers(lines), "peers") + drawn("speedup"),
         "Lengths and batches": drawn("throughput", "latency", "scaling"),
         "Against the machine": drawn("roofline"),
-        "Training": shown(tables.training(lines), "training"),
-        "Everything measured": [everything(lines)],
+        "Training": listed(tables.training(lines), "training"),
+        "Everything measured": list(searchable(lines)),
         "How it was measured": [f"<p>{escape(paragraph)}</p>" for paragraph in HOW],
         "Where it was measured": [environment(e) for e in lines.runs(lines.where())],
     }
@@ -101,7 +102,7 @@ def cards(lines: Lines) -> Iterator[str]:
     for device in lines.devices(peer=OURS):
         for precision in PRECISIONS:
             mine = lines.where(benchmark="inference", device=device, precision=precision, peer=OURS)
-            ratios = [x["speedup"]["value"] for x in mine if tables.comparable(x) and x["workload"] not in CURVES]
+            ratios = [x["speedup"]["value"] for x in mine if comparable(x) and x["workload"] not in CURVES]
             if ratios:
                 found.append((f"{device.upper()}, {precision}", min(ratios), max(ratios), len(ratios)))
     if not found:
@@ -118,18 +119,18 @@ def cards(lines: Lines) -> Iterator[str]:
 
 def table(t: Table, name: str, tall: bool = False) -> str:
     """A table with its caption and its notes; a click on a column's head sorts it."""
-    notes = t.notes
+    notes, kinds = t.notes, [kind(t, i) for i in range(len(t.columns))]
     heads = "".join(
-        f'<th scope="col" aria-sort="none"{words_class(t, i)}><button type="button">{escape(column)}</button></th>'
-        for i, column in enumerate(t.columns)
+        f'<th scope="col" aria-sort="none"{attribute}><button type="button">{escape(column)}</button></th>'
+        for column, attribute in zip(t.columns, kinds, strict=True)
     )
     body = "\n".join(
-        "<tr>" + "".join(cell(c, notes, "td" if i else "th", words_class(t, i)) for i, c in enumerate(row)) + "</tr>"
+        "<tr>" + "".join(cell(c, notes, "td" if i else "th", kinds[i]) for i, c in enumerate(row)) + "</tr>"
         for row in t.rows
     )
     below = "".join(
-        f'<{tag} class="{kind}">{"".join(f"<li>{escape(line)}</li>" for line in listed)}</{tag}>'
-        for tag, kind, listed in (("ol", "notes", notes), ("ul", "remarks", t.remarks))
+        f'<{tag} class="{role}">{"".join(f"<li>{escape(line)}</li>" for line in listed)}</{tag}>'
+        for tag, role, listed in (("ol", "notes", notes), ("ul", "remarks", t.remarks))
         if listed
     )
     above = f'<h3>{escape(t.title)}</h3><p class="caption">{escape(t.caption)}</p>' if t.title else ""
@@ -139,13 +140,13 @@ def table(t: Table, name: str, tall: bool = False) -> str:
     )
 
 
-def words_class(t: Table, column: int) -> str:
+def kind(t: Table, column: int) -> str:
     """Columns of words are flush left, those of numbers flush right."""
     values = [row[column].value for row in t.rows if row[column].value is not None]
     return ' class="words"' if values and all(isinstance(value, str) for value in values) else ""
 
 
-def cell(c: Cell, notes: list[str], tag: str, attributes: str) -> str:
+def cell(c: Cell, notes: list[str], tag: str, attribute: str) -> str:
     """One cell with what it is sorted by."""
     short = f"{c.value:.6g}" if isinstance(c.value, float) else str(c.value)
     value = "" if c.value is None else f' data-value="{escape(short)}"'
@@ -153,13 +154,14 @@ def cell(c: Cell, notes: list[str], tag: str, attributes: str) -> str:
     text += f" <small>{escape(c.detail)}</small>" if c.detail else ""
     text += f"<sup>{notes.index(c.note) + 1}</sup>" if c.note else ""
     scope = ' scope="row"' if tag == "th" else ""
-    return f"<{tag}{scope}{attributes}{value}>{text}</{tag}>"
+    return f"<{tag}{scope}{attribute}{value}>{text}</{tag}>"
 
 
-def everything(lines: Lines) -> str:
+def searchable(lines: Lines) -> Iterator[str]:
     """All measured lines, with a field to look for some of them."""
-    look = '<label>Show rows with<input type="search" data-table="everything" placeholder="bertfast bfloat16"></label>'
-    return look + table(tables.everything(lines), "everything", tall=True)
+    if lines.where(status="measured"):
+        yield '<label>Show rows with<input type="search" data-table="everything" placeholder="bertfast int8"></label>'
+        yield table(everything.table(lines), "everything", tall=True)
 
 
 def figure(plot: Plot) -> str:

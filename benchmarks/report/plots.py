@@ -13,7 +13,6 @@ from benchmarks.workloads import SERIES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 AXIS = {"fontsize": 9, "color": LIGHT["muted"]}
 KINDS = ("speedup", "throughput", "latency", "scaling", "roofline")  # what the plots' names begin with
 
@@ -76,7 +75,10 @@ def bar(ax: "Axes", place: int, line: Line) -> None:
 
 @dataclass(frozen=True)
 class Curves:
-    """How one of the workloads' series is shown: the name of the plot, the axes, and what of a line is drawn."""
+    """How one of the workloads' series is shown: the name of the plot, the axes, and what of a line is drawn.
+
+    unit: stands behind the numbers at the y axis.
+    """
 
     series: str
     name: str
@@ -84,13 +86,14 @@ class Curves:
     x: str
     y: str
     value: Callable[[Line], float]
+    unit: str = ""
 
 
 SHOWN = (
     Curves("length", "throughput", "Throughput against length", "tokens in each sequence", "valid tokens a second",
            lambda line: line["tokens_per_s"]),
-    Curves("batch", "latency", "Latency against batch", "sequences in the batch", "milliseconds",
-           lambda line: 1e3 * line["median_s"]),
+    Curves("batch", "latency", "Latency against batch", "sequences in the batch", "time of a forward",
+           lambda line: line["median_s"], "s"),
     Curves("sequences", "scaling", "Scaling with the number of sequences", "sequences in the batch",
            "sequences a second", lambda line: line["sequences_per_s"]),
 )  # fmt: skip
@@ -114,7 +117,7 @@ def curves(shown: Curves, device: str, lines: list[Line], styles: Mapping[str, L
             if peer in by_peer:
                 ax.plot(*zip(*sorted(by_peer[peer]), strict=True), **styles[peer])
         ax.set(title=f"{words.family(model)}, {precision}", xlabel=shown.x)
-        plain_ticks(ax, sorted({x for points in by_peer.values() for x, _ in points}))
+        plain_ticks(ax, sorted({x for points in by_peer.values() for x, _ in points}), shown.unit)
     figure.supylabel(shown.y, **AXIS)
     drawn = {peer: style for peer, style in styles.items() if any(peer in panel for panel in panels.values())}
     return plot(f"{shown.name}-{device}", f"{shown.title}, {device.upper()}", figure, drawn)
@@ -125,7 +128,7 @@ def roofline(device: str, lines: list[Line], styles: Mapping[str, Look], source:
     panels = {}
     for precision in PRECISIONS:
         mine = [x for x in lines if x["precision"] == precision and x["flops"] and x["bytes"]]
-        seen = [environment["ceilings"] for environment in source.runs(mine)]
+        seen = [environment.get("ceilings", {}) for environment in source.runs(mine)]
         if seen := [ceilings for ceilings in seen if ceilings.get("copy") and ceilings.get(precision)]:
             panels[precision] = mine, max(c["copy"] for c in seen), max(c[precision] for c in seen)
     if not panels:

@@ -1,24 +1,11 @@
-"""The tables, before anybody decides how they look: what stands in each cell, and what it is sorted by."""
+"""The tables, before anybody decides how they look: which rows and columns, and what is said around them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from benchmarks.report import words
+from benchmarks.report.cells import NOTHING, Cell, comparable, median, missing, speedup, why
 from benchmarks.report.lines import BASELINE, CURVES, OURS, PRECISIONS, UNPACKED, Line, Lines, machine, measured
-
-
-class Cell(NamedTuple):
-    """What a reader sees, what the column is sorted by (None: below all others), and what belongs to it."""
-
-    text: str
-    value: float | str | None = None
-    detail: str = ""  # behind the text, less prominent
-    strong: bool = False
-    note: str = ""  # below the table, with a number here
-
-
-NOTHING = Cell("")
 
 
 @dataclass(frozen=True)
@@ -196,29 +183,12 @@ def precision(row: Row) -> Cell:
     return Cell(row.any["precision"], row.any["precision"])
 
 
-def median(line: Line | None) -> Cell:
-    """The median of a peer's rounds."""
-    if line is None or not measured(line):
-        return missing(line)
-    noise = line["noise"]
-    taken = words.percent((noise["others"] or 0) + (noise.get("steal") or 0))
-    note = f"other processes and the hypervisor took {taken} of the processors' time" if noise["noisy"] else ""
-    return Cell(words.duration(line["median_s"]), line["median_s"], note=note)
-
-
 def stock_time(row: Row) -> Cell:
     return median(row.stock)
 
 
 def our_time(row: Row) -> Cell:
     return median(row.ours)
-
-
-def speedup(line: Line | None) -> Cell:
-    """A peer's speed-up over the baseline."""
-    if line is None or not comparable(line):
-        return missing(line)
-    return Cell(words.times(line["speedup"]["value"]), line["speedup"]["value"])
 
 
 def our_speedup(row: Row) -> Cell:
@@ -252,76 +222,6 @@ def memory(row: Row) -> Cell:
     if not ours or not stock or not stock["peak_bytes"]:
         return NOTHING
     return Cell(words.percent(ours / stock["peak_bytes"]), ours / stock["peak_bytes"])
-
-
-def comparable(line: Line) -> bool:
-    """Whether the line has a speed-up over Hugging Face."""
-    return measured(line) and line["baseline"] == BASELINE and line["speedup"] is not None
-
-
-def missing(line: Line | None) -> Cell:
-    """A dash with the reason; nothing at all where nobody tried."""
-    return NOTHING if line is None else Cell("–", note=f"{line['peer']}: {why(line)}")
-
-
-def why(line: Line) -> str:
-    """Why a line has no numbers, or no speed-up over Hugging Face."""
-    if measured(line):
-        return f"measured, but not beside {BASELINE}"
-    reason = " ".join(line["reason"].split())
-    return reason if line["status"] == "skipped" else f"{line['status']}: {reason}"
-
-
-def everything(lines: Lines) -> Table:
-    """Every line that was measured, with all that it bears; columns that would be empty are left out."""
-    shown = [line for line in lines.where() if measured(line)]
-    columns = {title: [column(line) for line in shown] for title, column in EVERYTHING.items()}
-    columns = {title: cells for title, cells in columns.items() if any(cell.text for cell in cells)}
-    return Table("", "", tuple(columns), list(zip(*columns.values(), strict=True)))
-
-
-def text(name: str) -> Callable[[Line], Cell]:
-    """A column of words: a field as it stands."""
-    return lambda line: Cell(line[name], line[name])
-
-
-def number(name: str, show: Callable[[float], str]) -> Callable[[Line], Cell]:
-    """A column of numbers: a field, or part of one as in "error.max", as `show` shows it; empty where there is none."""
-
-    def column(line: Line) -> Cell:
-        value = line
-        for part in name.split("."):
-            value = None if value is None else value.get(part)
-        return NOTHING if value is None else Cell(show(value), value)
-
-    return column
-
-
-EVERYTHING: dict[str, Callable[[Line], Cell]] = {
-    "workload": lambda line: Cell(words.workload(line), words.workload(line)),
-    "peer": text("peer"),
-    "dtype": text("precision"),
-    "device": text("device"),
-    "median": number("median_s", words.duration),
-    "95 % from": number("low_s", words.duration),
-    "to": number("high_s", words.duration),
-    "p90": number("p90_s", words.duration),
-    "p99": number("p99_s", words.duration),
-    "rounds": lambda line: Cell(str(len(line["seconds"])), len(line["seconds"])),
-    "tokens/s": number("tokens_per_s", words.count),
-    "sequences/s": number("sequences_per_s", words.count),
-    "speed-up": number("speedup.value", words.times),
-    "largest error": number("error.max", "{:.1e}".format),
-    "mean error": number("error.mean", "{:.1e}".format),
-    "of the roofline": number("roofline_share", words.percent),
-    "memory": number("peak_bytes", words.size),
-    "device time": number("device_s", words.duration),
-    "energy": number("joules", "{:.3g} J".format),
-    "preparing": number("prepare_s", words.duration),
-    "first call": number("first_call_s", words.duration),
-    "other processes": number("noise.others", words.percent),
-    "run": text("run"),
-}
 
 
 def setting(lines: Lines, about: Iterable[Line], device: str) -> str:
