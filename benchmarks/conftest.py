@@ -6,7 +6,7 @@ compare: the ratios at the end are measured in interleaved rounds, and only they
 """
 
 import argparse
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from benchmarks.cases.memory import release
 from benchmarks.results import Writer
 from bertfast.backend import BACKENDS
 from bertfast.machine import environment
+from bertfast.noise import Noise, Watch
 
 SECONDS = {"quick": 0.02, "full": 0.5}  # of a bench, about
 
@@ -61,6 +62,7 @@ class Session:
         self._writer: Writer | None = None
         self._group: Group | None = None
         self.records: list[dict[str, Any]] = []
+        self.noise: Noise | None = None
 
     def cases(self, of: Callable[[shapes.Shape, str, str], Iterable[Case]]) -> list[Case]:
         """A bench module's cases at the shapes and dtypes asked for: each once, though batches share their tokens."""
@@ -93,6 +95,12 @@ class Session:
                 self._writer.write("environment", **environment())
             self._writer.write("op", **fields)
 
+    def end(self, noise: Noise) -> None:
+        """The last line: what else the machine did."""
+        self.noise = noise
+        if self._writer is not None:
+            self._writer.write("noise", **noise.to_dict())
+
 
 SESSION = pytest.StashKey[Session]()
 
@@ -114,19 +122,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("candidate", params)
 
 
+@pytest.fixture(scope="session")
+def watch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Over all benches, because one alone is shorter than what the system counts by."""
+    with Watch() as watch:
+        yield
+    request.config.stash[SESSION].end(watch.noise)
+
+
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture, candidate: Candidate, request: pytest.FixtureRequest) -> Callable[[], None]:
+def measure(
+    benchmark: BenchmarkFixture, candidate: Candidate, request: pytest.FixtureRequest, watch: None
+) -> Callable[[], None]:
     """Measures the candidate that the bench was given."""
     session = request.config.stash[SESSION]
     return lambda: measurement.measure(benchmark, session.group(candidate.case), candidate, session.record)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = [record for record in config.stash[SESSION].records if record.get("ratio_to")]
-    if rows:
-        terminalreporter.section("the best peer's time over ours, in interleaved rounds")
+    session = config.stash[SESSION]
+    rows = [record for record in session.records if record.get("ratio_to")]
+    if not rows:
+        return
+    terminalreporter.section("the best peer's time over ours, in interleaved rounds")
     for r in rows:
         key = f"{r['op']} {r['shape']} {r['dtype']} {r['direction']}"
         t = r["ratio_to"]
         words = f"{r['backend']:9} {t['value']:.2f} ({t['low']:.2f}–{t['high']:.2f}) of {t['peer']}"
         terminalreporter.write_line(f"{key:62} {words}")
+    terminalreporter.write_line(str(session.noise))
