@@ -32,6 +32,8 @@ _SLOW = {"cpu": "float16", "cuda": ""}  # which no kernels are made for
 # Those that are ready within seconds: all that the quick set has time for, and what the curves are drawn of.
 SHORTLIST = (BASELINE, "bertfast", "onnxruntime", "onnxruntime-int8", "openvino", "ctranslate2")
 
+TRAINERS = ("hf-eager", "compile")  # and in training, where every compilation takes a minute
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -106,6 +108,7 @@ def _cases(options: argparse.Namespace) -> tuple[list[Case], int]:
     else:
         wanted = _of_set(options.set, options.model)
         pairs = [(workload, model) for name, model in wanted for workload in existing(find_workload, [name])]
+        status = 0  # nobody asked for these by name
     known = existing(models.check, dict.fromkeys(model for _, model in pairs))
     peers = existing(lambda name: chosen([name])[0], dict.fromkeys([options.baseline, *(options.peer or PEERS)]))
     return [Case(w, m, _few(peers, options, w, m)) for w, m in pairs if m in known], status
@@ -123,9 +126,10 @@ def _of_set(name: str, wanted: Sequence[str] | None) -> list[tuple[str, str]]:
 def _few(peers: list[Peer], options: argparse.Namespace, workload: Workload, model: str) -> list[Peer]:
     """The peers of a case: those named; else all, or the short list where there is no time or no memory for all."""
     curve = any(workload.name in names.values() for names in SERIES.values())
-    if options.peer or not (options.set == "quick" or curve or model == "large"):
+    if options.peer or not (options.set == "quick" or curve or workload.training or model == "large"):
         return peers
-    return [peer for peer in peers if peer.name in (*SHORTLIST, options.baseline)]
+    few = SHORTLIST + (TRAINERS if workload.training and options.set == "full" else ())
+    return [peer for peer in peers if peer.name in (*few, options.baseline)]
 
 
 def _complain(line: str) -> int:

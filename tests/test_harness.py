@@ -299,7 +299,8 @@ def test_errors_of_gradients():
     found = training.errors((2.0, [a, b]), (2.0, [a, None]))
     assert found["cosine"] == pytest.approx(0.5**0.5) and found["mean"] == 0.25
     nan = training.errors((2.0, [a]), (float("nan"), [a * float("nan")]))
-    assert accuracy.fault(nan, accuracy.TRAINING_LIMITS["bfloat16"])
+    for wrong in (nan, {**found, "max": float("nan"), "cosine": 1.0}, {**found, "max": 0.0, "cosine": float("nan")}):
+        assert accuracy.fault(wrong, accuracy.TRAINING_LIMITS["bfloat16"])
 
 
 def test_labels_are_on_valid_tokens_only():
@@ -475,9 +476,20 @@ def test_sets_and_who_takes_part():
     assert list(full) == command.SETS["full"]
     assert full["8x128", "base"] == set(PEERS) and full["batch 4", "base"] == set(command.SHORTLIST)
     assert full["8x128", "large"] == set(command.SHORTLIST)
+    assert full["train 8x128", "base"] == {*command.SHORTLIST, *command.TRAINERS} <= set(PEERS)
     named = cases("--set", "full", "--peer", "nested", "--baseline", "hf-eager", "--model", "large")
     assert {(c.model, *(p.name for p in c.peers)) for c in named} == {("large", "hf-eager", "nested")}
     assert {c.workload.name for c in cases("--model", "tiny")} == {n for n, m in command.SETS["quick"] if m == "base"}
+
+
+def test_what_a_set_lacks_is_said_and_is_no_error(monkeypatch, capsys):
+    def lacking(name):
+        if name == "64 sentences":
+            raise ValueError("needs a package")
+        return find_workload(name)
+
+    monkeypatch.setattr(command, "find_workload", lacking)
+    assert len(cases()) == len(command.SETS["quick"]) - 1 and "needs a package" in capsys.readouterr().err
 
 
 def test_calibration_counts_how_often_equal_peers_seem_equal(tmp_path, monkeypatch, capsys):
