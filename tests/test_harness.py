@@ -206,6 +206,7 @@ def test_slow_peers_that_do_not_fit_are_left_out_and_the_needed_ones_never(tmp_p
     assert fitting(costs, 30.0, ["hf-sdpa"]) == [("hf-sdpa", "float32"), ("b", "int8"), ("c", "int8")]
     assert fitting(costs, 27.0, ["hf-sdpa"]) == [("hf-sdpa", "float32"), ("c", "int8")]
     assert fitting(costs, 0.0, ["hf-sdpa"]) == [("hf-sdpa", "float32")]
+    assert fitting(costs, 5.5, ["c"]) == [("b", "int8"), ("c", "int8")], "nobody counts twice"
 
     def slow(output, batch):
         time.sleep(0.3)
