@@ -34,8 +34,9 @@ from torch import Tensor
 
 import bertfast
 
-# Every run draws new inputs; a run is repeated with the seed that its header shows.
-SEED = int(os.environ.get("BERTFAST_TEST_SEED") or random.randrange(2**31))
+# Every run draws new inputs; a run is repeated with the seed that its header shows. Parallel workers inherit it.
+os.environ["BERTFAST_TEST_SEED"] = os.environ.get("BERTFAST_TEST_SEED") or str(random.randrange(2**31))
+SEED = int(os.environ["BERTFAST_TEST_SEED"])
 
 
 def pytest_report_header() -> str:

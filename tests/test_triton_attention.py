@@ -169,7 +169,7 @@ def test_a_sequence_is_alone_in_any_batch():
         part = slice(begin, begin + length)
         alone, _, gradient = run(qkv[part], dout[part], [length])
         assert torch.equal(alone, out[part]) and torch.equal(gradient, dqkv[part])
-        # Beside a longer one it is computed in other tiles, and numpy adds up products of another shape in its own order.
+        # Beside a longer one it has other tiles, and numpy adds up products of another shape in another order.
         torch.testing.assert_close(alone, longer[part], rtol=2**-7, atol=2**-9)
 
 

@@ -189,11 +189,9 @@ def turn(total, TURNED: tl.constexpr):
 def differentiate(p, kept, multiplier, do, v, delta, PRECISION: tl.constexpr):
     """dS / scale, rounded. delta: rowsum(P dP)."""
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if kept is None:
-        difference = dp - delta[:, None]
-    else:
-        difference = tl.where(dropout.is_kept(kept), dp * multiplier - delta[:, None], -delta[:, None])
-    return (p * difference).to(do.dtype)
+    if kept is not None:
+        dp = dropout.drop(dp, kept) * multiplier
+    return (p * (dp - delta[:, None])).to(do.dtype)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "groups", "threshold"])
@@ -281,12 +279,12 @@ def _varlen_attention_short_bwd_kernel(
             if seed is not None:
                 kept = dropout.kept_keys(tl.load(seed), threshold, query, query * 0 + head, sequence, first_key, 6, 64)
             dv = sum_over_queries(nothing, dropout.drop(p.to(do.dtype), kept), do, TURNED, "ieee")
+            to = (column * 3 * heads + head) * SIZE
+            store_rows(gradients + 2 * step, to, seen, turn(dv, TURNED) * multiplier, SIZE, BLOCK_SIZE)
             ds = differentiate(p, kept, multiplier, do, v, delta, "ieee")
             dk = sum_over_queries(nothing, ds, q, TURNED, "ieee")
             dq = tl.dot(ds, k, dq, input_precision="ieee")
-            to = (column * 3 * heads + head) * SIZE
             store_rows(gradients + step, to, seen, turn(dk, TURNED) * tl.abs(scale), SIZE, BLOCK_SIZE)
-            store_rows(gradients + 2 * step, to, seen, turn(dv, TURNED) * multiplier, SIZE, BLOCK_SIZE)
         store_rows(gradients, (query * 3 * heads + head) * SIZE, inside, dq * scale, SIZE, BLOCK_SIZE)
 
 

@@ -494,24 +494,24 @@ class Tiles(NamedTuple):
 # tiles load keys and values less often. Where a sequence of up to 128 tokens has one tile of keys it gets the bits that
 # attention_short.py gives it.
 _AMPERE = {
-    32: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    32: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     64: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     128: Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
 }
 _HOPPER = {
     32: Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     64: Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    128: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
 }
 HALF: dict[int, dict[int, Tiles]] = {80: _AMPERE, 90: _HOPPER}
 # With a mask, which takes registers of its own, for all head sizes.
 MASKED: dict[int, Tiles] = {
-    80: Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1)),
-    90: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
+    80: Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    90: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
 }
 TF32: dict[int, dict[int, Tiles]] = {
     80: {
-        32: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+        32: Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
         64: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         128: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },

@@ -18,7 +18,7 @@ def settings(p: float, seed: torch.Tensor | None, bits: int = 16) -> tuple[int, 
     return threshold, 65536 / (65536 - threshold)
 
 
-# All 64 bits of a product. Of the plain one, each half may become an instruction of its own.
+# All 64 bits of a product: of the plain one, each half may become an instruction of its own.
 _MULTIPLY_WIDE = tl.constexpr("mul.wide.u32 $0, $1, $2;")
 
 
@@ -77,7 +77,7 @@ def _not_below(x, threshold):
 
 @triton.jit
 def kept_keys(seed, threshold, query, head, sequence, first, shift, KEYS: tl.constexpr):
-    """Which of the keys first .. first + KEYS are kept of each query's, for `drop` and `is_kept`: (queries, KEYS) words
+    """Which of the keys first .. first + KEYS are kept of each query's, for `drop`: (queries, KEYS) words
     whose bytes have it in their highest bits, and (1, KEYS) which byte it is. KEYS divides 64, or 64 divides it; it
     divides first.
 
@@ -110,31 +110,26 @@ def kept_keys(seed, threshold, query, head, sequence, first, shift, KEYS: tl.con
     return word, (place >> 2 & 2) + (place & 1)
 
 
-@triton.jit
-def is_kept(kept):
-    """(queries, KEYS) bool of what `kept_keys` returns."""
-    word, byte = kept
-    return (word & (tl.full((1,), 0x80, tl.uint32) << (byte * 8).to(tl.uint32))) != 0
-
-
-# Two bytes' highest bits, spread over the 16 bits of either, and with a pair of half precision numbers. Left to itself
-# the compiler selects the numbers one by one and packs them again: 3 instructions an element instead of one.
-_DROP_PAIR = tl.constexpr(
-    "{ .reg .b32 s, m; prmt.b32 s, $4, $5, 0x7650; prmt.b32 m, $2, $3, s; and.b32 $0, $1, m; }",
-)
+# PTX that zeroes what is dropped. `prmt` makes bytes that are all like the highest bit of a byte of a word: of its own
+# word for 32 bits, of two words for a pair of 16. Left to itself the compiler selects half precision numbers one by
+# one and packs them again, 3 instructions an element instead of one; and in a backward, which wants the bits twice, it
+# may draw them in the layout of other threads and hand the results over.
+_DROP = tl.constexpr("{ .reg .b32 m; prmt.b32 m, $2, 0, $3; and.b32 $0, $1, m; }")
+_DROP_PAIR = tl.constexpr("{ .reg .b32 s, m; prmt.b32 s, $4, $5, 0x7650; prmt.b32 m, $2, $3, s; and.b32 $0, $1, m; }")
 
 
 @triton.jit
-def drop(p, kept):
-    """p where it is kept and 0 elsewhere. kept: from `kept_keys`, or None where all are."""
+def drop(x, kept):
+    """x where it is kept and 0 elsewhere. x: (queries, KEYS); kept: from `kept_keys`, or None for all."""
     if kept is None:
-        return p
-    elif p.dtype.primitive_bitwidth == 16:
+        return x
+    elif x.dtype.primitive_bitwidth == 16:
         word, byte = kept
-        # Of prmt: the highest bit of a byte of the first word as a lower half, of the second as an upper.
-        selector = byte * 0x1111 + 0xCC88
-        return tl.inline_asm_elementwise(
-            _DROP_PAIR, "=r,r,r,r,r,r", [p, word, selector], dtype=p.dtype, is_pure=True, pack=2
-        )
+        # The first word's byte for the lower half, the second's for the upper.
+        operands = [x, word, byte * 0x1111 + 0xCC88]
+        return tl.inline_asm_elementwise(_DROP_PAIR, "=r,r,r,r,r,r", operands, dtype=x.dtype, is_pure=True, pack=2)
     else:
-        return tl.where(is_kept(kept), p, 0.0)
+        word, byte = kept
+        operands = [x.to(tl.int32, bitcast=True), word, byte * 0x1111 + 0x8888]
+        bits = tl.inline_asm_elementwise(_DROP, "=r,r,r,r", operands, dtype=tl.int32, is_pure=True, pack=1)
+        return bits.to(tl.float32, bitcast=True)
