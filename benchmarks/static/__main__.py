@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("TRITON_INTERPRET is set: unset it, a process that interprets kernels cannot compile them")
@@ -14,22 +15,18 @@ from benchmarks.static.architectures import ARCHITECTURES
 from benchmarks.static.baseline import Key, Row
 from benchmarks.static.capture import Kernel, kernels
 
-QUICK = {80: False, 90: True, 100: False}  # the GPUs of --quick, and whether all cases are compiled for them
 
-
-def triton_rows(architectures: dict[int, bool]) -> tuple[list[Row], list[str]]:
-    """The cases on each of these GPUs, all or the typical ones, and what of the kernels no case reaches."""
+def triton_rows(architectures: Sequence[int]) -> tuple[list[Row], list[str]]:
+    """The cases on each of these GPUs, and what of the kernels no case reaches."""
     launched: list[tuple[Key, bool, Kernel]] = []
     unreached = []
-    for architecture, everything in architectures.items():
+    for architecture in architectures:
         here = [
             (case, k)
             for case in cases.cases(architecture)
             for k in kernels(case.call, architecture)[: 1 if case.main else None]
         ]
         for case, k in here:
-            if not everything and not case.typical:
-                continue
             launched.append((Key(compilation.version(), k.name, case.name, architecture), case.half, k))
         unreached += [f"sm_{architecture}: {what}" for what in cases.unreached(architecture, [k for _, k in here])]
     made = compilation.compiled([k for *_, k in launched])
@@ -67,18 +64,14 @@ def main() -> int:
     does.add_argument("--check", action="store_true", help="no table; exit with 1 where something is wrong")
     does.add_argument("--update", action="store_true", help="write the baseline anew")
     parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--quick", action="store_true", help="three GPUs, and all cases for one of them: what CI does")
     parser.add_argument("--only", choices=("triton", "cuda"), help="what one of the compilers makes")
     options = parser.parse_args()
     began, rows, wrong = time.monotonic(), [], []
-    architectures = QUICK if options.quick else dict.fromkeys(options.architectures, True)
-    if options.update and options.quick:
-        parser.error("the baseline is of all cases: --update without --quick")
     if options.only != "cuda":
-        rows, wrong = triton_rows(architectures)
+        rows, wrong = triton_rows(options.architectures)
     if options.only != "triton":
         try:
-            rows += cuda.rows(list(architectures))
+            rows += cuda.rows(options.architectures)
         except cuda.Unavailable as reason:
             print(f"the CUDA kernels are left out: {reason}")
     if not options.check:
@@ -87,14 +80,11 @@ def main() -> int:
     if options.update:
         baseline.write(rows)
     else:
-        before, whole = (
-            baseline.read(),
-            {architecture for architecture, everything in architectures.items() if everything},
-        )
+        before = baseline.read()
         for compiler in {row.key.compiler for row in rows} - baseline.compilers(before):
             known = ", ".join(sorted(baseline.compilers(before))) or "none"
             print(f"nothing of {compiler} is compared: the baseline is of {known}")
-        for key, reasons in baseline.regressions(rows, before, whole).items():
+        for key, reasons in baseline.regressions(rows, before).items():
             found.setdefault(key, []).extend(reasons)
     for key, reasons in found.items():
         wrong += [f"sm_{key.architecture} {key.kernel}, {key.case or 'any case'}: {reason}" for reason in reasons]

@@ -54,19 +54,14 @@ def compilers(before: Collection[Key]) -> set[str]:
     return {key.compiler for key in before}
 
 
-def regressions(
-    rows: Collection[Row], before: dict[Key, dict[str, Any]], whole: Collection[int]
-) -> dict[Key, list[str]]:
-    """What has become worse, or is not in the baseline, or is in it and no longer made; of compilers that it knows.
-
-    whole: the GPUs of which rows has all cases.
-    """
+def regressions(rows: Collection[Row], before: dict[Key, dict[str, Any]]) -> dict[Key, list[str]]:
+    """What has become worse, or is not in the baseline, or is in it and no longer made; of compilers that it knows."""
     found = {}
     for row in rows:
         if row.key.compiler in compilers(before):
             line = before.get(row.key)
             found[row.key] = ["not in the baseline"] if line is None else gates.longer(row.machine, line)
-    made = {(key.compiler, key.architecture) for key in found if key.architecture in whole}
+    made = {(key.compiler, key.architecture) for key in found}
     for key in before.keys() - found.keys():
         if (key.compiler, key.architecture) in made:
             found[key] = ["in the baseline, but no longer made"]

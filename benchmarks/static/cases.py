@@ -44,11 +44,6 @@ class Case(NamedTuple):
     half: bool
     main: bool = False  # only the first kernel that it launches is of interest, other cases have the others
 
-    @property
-    def typical(self) -> bool:
-        """Whether it is BERT-base's in bfloat16, or of tiles that differ between GPUs: to be seen on all of them."""
-        return self.name.endswith("bfloat16") and not any(w in self.name for w in ("MiniLM", "large", "hidden"))
-
 
 def cases(architecture: int) -> Iterator[Case]:
     """All of them, for GPUs of this architecture."""

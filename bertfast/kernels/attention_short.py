@@ -350,10 +350,15 @@ def backward(qkv, cu_seqlens, max_seqlen, order, scale, dropout_p, seed, dout, o
     settings = _settings(qkv, max_seqlen, scale, dropout_p, seed)
     programs = (cu_seqlens.shape[0] - 1) * settings["groups"]
     warps = 8 if settings["LONGEST"] == 128 else 4
+    architecture = hardware.architecture(qkv.device)
+    # There the compiler would rather spill a word than give up the second program on a multiprocessor.
+    cramped = architecture >= 100 and warps == 8 and settings["BLOCK_SIZE"] == 32 and seed is not None
+    limit = {"maxnreg": 160} if cramped else {}
     _varlen_attention_short_bwd_kernel[(programs,)](
         *(dout, qkv, cu_seqlens, order, seed, out, lse, dqkv),
         scale=scale,
-        TURNED=turned(hardware.architecture(qkv.device), qkv.shape[3]),
+        TURNED=turned(architecture, qkv.shape[3]),
         **settings,
         num_warps=warps,
+        **limit,
     )
