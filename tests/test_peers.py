@@ -1,10 +1,8 @@
 """Peers: each engine that is installed computes what the stock model does, and says in a line why where it cannot."""
 
 import copy
-import functools
 import gc
 import importlib.util
-import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,56 +144,50 @@ def test_peers_prepared_together_do_not_disturb_each_other(models):
         assert torch.equal(run(batch), output)
 
 
+class Compilations:
+    """What torch.compile was asked, and with every graph whether weights were to be constants. Inductor takes a minute:
+    here the traced graphs run as they stand."""
+
+    def __init__(self, compile_: Callable) -> None:
+        self.compile, self.asked, self.frozen = compile_, [], []
+
+    def __call__(self, model, **asked):
+        def backend(graph, inputs):
+            self.frozen.append(torch._inductor.config.freezing)
+            return graph.forward
+
+        self.asked.append(asked)
+        return self.compile(model, backend=backend, **{k: v for k, v in asked.items() if k != "options"})
+
+
 @pytest.fixture
-def traced_only(monkeypatch) -> None:
-    """torch.compile as asked, but what it traced runs as it stands: inductor takes a minute."""
-    compile_ = torch.compile
-
-    @functools.wraps(compile_)
-    def trace(model, options, **others):
-        return compile_(model, backend="eager", **others)
-
-    monkeypatch.setattr(torch, "compile", trace)
+def compilations(monkeypatch) -> Compilations:
+    recorder = Compilations(torch.compile)
+    monkeypatch.setattr(torch, "compile", recorder)
+    return recorder
 
 
-@pytest.mark.parametrize("name", ["compile", "compile-max-autotune-dynamic"])
-def test_a_compiled_model_computes_what_stock_does_whatever_the_batch(models, traced_only, name):
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_model_computes_what_stock_does_and_is_compiled_as_its_name_says(models, compilations, name):
     batch, before = make_batch(9, 4, 16), state(models[""])
     run = prepared(name, setting(models[""], batch=batch))
+    assert len(compilations.frozen) == 1
     gold = copy.deepcopy(models[""]).double()
     for some in (batch, part(batch, slice(0, 2), 9)):
         check_agrees(run(some), gold, "", some, "float32")
     check_unchanged(models[""], before)
+    (asked,), dynamic = compilations.asked, name.endswith("dynamic")
+    assert bool(asked["options"].get("max_autotune")) == ("max-autotune" in name)
+    # The second shape is another compilation where the first was taken as it came, whatever others have met before.
+    assert compilations.frozen == ["max-autotune" in name] * (1 if dynamic else 2)
 
 
-def test_compiled_peers_do_not_use_up_each_others_recompilations(models, traced_only):
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        pytest.skip("this PyTorch counts the recompilations of a class together")
+def test_a_model_compiled_too_often_fails_and_counts_for_no_other(models, compilations):
     with torch._dynamo.config.patch(recompile_limit=1):
-        for _ in range(3):
-            prepared("compile", setting(models[""]))
-
-
-@pytest.fixture
-def compilations(monkeypatch) -> list[dict]:
-    """What torch.compile was asked, which compiles nothing in this test."""
-    asked: list[dict] = []
-
-    @functools.wraps(torch.compile)
-    def compile_(model, **options):
-        asked.append(options)
-        return model
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    return asked
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_peers_ask_for_what_their_names_say(models, compilations, name):
-    prepared(name, setting(models[""]))
-    (asked,) = compilations
-    assert asked["fullgraph"] and asked["dynamic"] is (True if name.endswith("dynamic") else None)
-    assert bool(asked["options"].get("max_autotune")) == bool(asked["options"].get("freezing")) == ("max" in name)
+        for lengths in ((5, 2), (6, 4, 4), (7, 3, 3, 1)):
+            run = prepared("compile", setting(models[""], batch=make_batch(*lengths)))
+        with pytest.raises(Exception, match="fullgraph=True"):
+            run(make_batch(9, 8))
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -220,8 +212,8 @@ def test_a_trainable_model_is_a_fresh_one_that_trains(models, compilations, name
     with torch.no_grad():
         assert torch.allclose(loss, stock(**batch, labels=labels).loss, rtol=1e-4)
     assert all(p.grad is not None for p in model.parameters())
-    assert all(not asked["options"].get("freezing") for asked in compilations)
-    assert all(not asked["options"].get("triton.cudagraphs") for asked in compilations)
+    assert len(compilations.frozen) == name.startswith("compile") and not any(compilations.frozen)
+    assert all(not asked["options"].get("triton.cudagraphs") for asked in compilations.asked)
     check_unchanged(stock, before)
 
 
@@ -235,6 +227,18 @@ def test_bertfast_runs_fused_without_padding_and_with_the_weights_that_its_name_
     for report in (ours, unpacked):
         assert report.calls == {"packed": 1, "rectangle": 0, "stock": 0}, str(report)
     assert ours.options["pack_weights"] and not unpacked.options["pack_weights"] and not unpacked.packed_bytes
+
+
+def test_hugging_face_runs_the_attention_that_the_name_says(models, monkeypatch):
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    for name, expected in (("hf-eager", 0), ("hf-sdpa", SETTINGS["num_hidden_layers"])):
+        calls.clear()
+        PEERS[name].prepare(setting(models[""]))(make_batch(5, 2))
+        assert len(calls) == expected
 
 
 def test_nested_takes_the_fast_path(models, monkeypatch):

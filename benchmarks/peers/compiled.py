@@ -1,32 +1,50 @@
 """torch.compile of the stock model with sdpa: as it is, and tuned; with shapes as they come, and dynamic at once."""
 
-import inspect
+import itertools
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.peers.derived import inference, trainable_copy, transformers_copy
-from benchmarks.peers.peer import Peer, Run, Setting, Unavailable, imported
+from benchmarks.peers.peer import Batch, Peer, Run, Setting, Unavailable, imported
+
+_numbers = itertools.count()
 
 
-def _compile(model: nn.Module, dynamic: bool | None, options: dict[str, Any]) -> Any:
-    """Whole graphs only, so that nothing runs uncompiled in silence once a model was compiled too often.
+def _compile(model: nn.Module, mode: str, dynamic: bool | None) -> nn.Module:
+    """The model, with its forward compiled as one graph: nothing is to run uncompiled in silence.
 
-    Every call has its own count of that, where this PyTorch can: otherwise all models of a class share one.
+    PyTorch keeps by the code of a function what it compiled for it and which of its shapes have varied: models of one
+    class share that. A forward whose code has a name of its own begins anew.
     """
-    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    own = {"isolate_recompiles": True} if isolated else {}
-    return torch.compile(model, fullgraph=True, dynamic=dynamic, options=options, **own)
+    stock = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return stock(*args, **kwargs)
+
+    code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
+    own = FunctionType(code, forward.__globals__, closure=forward.__closure__)
+    options = (
+        {} if mode == "default" else torch._inductor.list_mode_options(mode) | {"autotune_num_choices_displayed": 0}
+    )
+    model.forward = torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+    return model
 
 
-def _options(mode: str, device: str, training: bool) -> dict[str, Any]:
-    if mode == "max-autotune" and training:
-        mode = "max-autotune-no-cudagraphs"  # a graph's outputs do not outlive the next replay, gradients have to
-    options = torch._inductor.list_mode_options(mode)
-    # Only weights that are constants get to the CPU's own GEMM templates, which are all that there is to tune.
-    return options | ({"freezing": True} if mode == "max-autotune" and device == "cpu" else {})
+def _frozen(run: Run) -> Run:
+    """Compiles with weights that are constants: only these get to the CPU's GEMM templates, all there is to tune there.
+
+    PyTorch reads this from its configuration alone; among a compilation's own options it has no effect.
+    """
+
+    def frozen(batch: Batch) -> Tensor:
+        with torch._inductor.config.patch(freezing=True):
+            return run(batch)
+
+    return frozen
 
 
 def _check_compiler(device: str) -> None:
@@ -46,15 +64,19 @@ def _check_compiler(device: str) -> None:
 def _prepare(mode: str, dynamic: bool | None, setting: Setting) -> Run:
     model = transformers_copy(setting)
     _check_compiler(setting.device)
-    run = inference(_compile(model, dynamic, _options(mode, setting.device, False)), setting.head)
+    run = inference(_compile(model, mode, dynamic), setting.head)
+    if mode == "max-autotune" and setting.device == "cpu":
+        run = _frozen(run)
     run({name: tensor.to(setting.device) for name, tensor in setting.batch.items()})
     return run
 
 
-def _trainable(mode: str, dynamic: bool | None, setting: Setting) -> Any:
+def _trainable(mode: str, dynamic: bool | None, setting: Setting) -> nn.Module:
     model = trainable_copy(setting)
     _check_compiler(setting.device)
-    return _compile(model, dynamic, _options(mode, setting.device, True))
+    if mode == "max-autotune":
+        mode += "-no-cudagraphs"  # a graph's outputs do not outlive its next replay, and gradients have to
+    return _compile(model, mode, dynamic)
 
 
 def _peer(name: str, mode: str, dynamic: bool | None) -> Peer:
