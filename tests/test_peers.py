@@ -109,10 +109,15 @@ def check_agrees(output: Tensor, gold: nn.Module, head: str, batch: dict[str, Te
         assert torch.cosine_similarity(output.flatten(), right.flatten(), dim=0) > COSINES[precision]
 
 
-def prepared(name: str, asked: Setting) -> Callable[[dict], Tensor]:
-    """The peer made ready; skips, with the reason, where its engine is not there or this processor is not for it."""
+def skip_without(name: str) -> None:
+    """Skips where the engine is not installed. Imports it not: the adapter does, with what has to be done before."""
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
         pytest.skip(f"needs {PACKAGES[name]}")
+
+
+def prepared(name: str, asked: Setting) -> Callable[[dict], Tensor]:
+    """The peer made ready; skips, with the reason, where its engine is not there or this processor is not for it."""
+    skip_without(name)
     try:
         return PEERS[name].prepare(asked)
     except Unavailable as error:
@@ -241,6 +246,13 @@ def test_hugging_face_runs_the_attention_that_the_name_says(models, monkeypatch)
         assert len(calls) == expected
 
 
+def test_what_engines_say_while_they_convert_is_not_passed_on(models, capfd, caplog):
+    for name, precision in (("nested", "float32"), ("onnxruntime-int8", "int8"), ("openvino", "int8")):
+        if importlib.util.find_spec(PACKAGES.get(name, "torch")):
+            PEERS[name].prepare(setting(make_model(), precision=precision))
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
 def test_nested_takes_the_fast_path(models, monkeypatch):
     made = []
     original = torch._nested_tensor_from_mask
@@ -321,7 +333,7 @@ def test_a_peer_whose_package_is_absent_says_so(monkeypatch, name):
     ("name", "precision", "package"), [("onnxruntime", "float32", "onnx"), ("openvino", "int8", "nncf")]
 )
 def test_a_peer_whose_second_package_is_absent_says_so(monkeypatch, name, precision, package):
-    pytest.importorskip(PACKAGES[name])
+    skip_without(name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Unavailable, match=f"{package} is not installed"):
         PEERS[name].prepare(setting(make_model(), precision=precision))

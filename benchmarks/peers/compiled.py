@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.derived import inference, trainable_copy, transformers_copy
+from benchmarks.peers.derived import inference, quiet, trainable_copy, transformers_copy
 from benchmarks.peers.peer import Batch, Peer, Run, Setting, Unavailable, imported
 
 _numbers = itertools.count()
@@ -67,7 +67,8 @@ def _prepare(mode: str, dynamic: bool | None, setting: Setting) -> Run:
     run = inference(_compile(model, mode, dynamic), setting.head)
     if mode == "max-autotune" and setting.device == "cpu":
         run = _frozen(run)
-    run({name: tensor.to(setting.device) for name, tensor in setting.batch.items()})
+    with quiet():
+        run({name: tensor.to(setting.device) for name, tensor in setting.batch.items()})
     return run
 
 

@@ -95,20 +95,15 @@ def folder(model: nn.Module) -> Path:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps to itself what converters have to say to whoever calls them by hand."""
-    from transformers.utils import logging as transformers_logging
-
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Keeps to itself what converters and compilers have to say to whoever calls them by hand."""
+    said, level = io.StringIO(), logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         warnings.simplefilter("ignore")
-        level, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
         logging.disable(logging.WARNING)
-        transformers_logging.disable_progress_bar()
         try:
             yield
         finally:
             logging.disable(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
 
 
 @once_per_model
