@@ -160,8 +160,9 @@ backend.register("bias_gelu", "reference", (wrong, None))
 
 
 def run(*arguments, modules=""):
-    """pytest on benches, as a process of its own on the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(modules)}
+    """pytest on benches, as a process of its own on the CPU, which is no worker of parallel tests."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(modules)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
