@@ -31,6 +31,7 @@ from bertfast.noise import Noise, Watch
 LEAST_ROUNDS = 6  # a median of fewer has no 95 % interval
 _PREPARING = 0.4  # of all the time, at most, for peers that are slow to prepare
 _ROUNDS = 0.7  # of what is left, for rounds; the rest for preparing and comparing what comes
+_SETTLE = 0.01  # seconds between calls on a CPU
 _ENERGY = 2.0  # seconds: the card's counter moves some ten times a second
 _TRAINING_WORK = 3  # forwards that a training step is worth, about
 _OWN_MEMORY = ("onnxruntime", "openvino", "ctranslate2")  # which PyTorch's records do not have
@@ -65,11 +66,12 @@ class Timed(NamedTuple):
 
 
 def timed(calls: Mapping[Any, Call], device: str, seconds: float, least: int = LEAST_ROUNDS) -> Timed:
-    """Interleaved rounds of calls that are warm, each with the wait for its end."""
+    """Interleaved rounds of calls that are warm, each with the wait for its end, and on a CPU apart from the others."""
     if device == "cuda":
         calls = {name: partial(_wait_for, call) for name, call in calls.items()}
     with Watch() as watch:
-        times = interleave(calls, seconds=max(seconds, 1e-3), precision=PRECISION, least=least, warmup=0)
+        limits = {"seconds": max(seconds, 1e-3), "precision": PRECISION, "least": least}
+        times = interleave(calls, warmup=0, settle=_SETTLE if device == "cpu" else 0.0, **limits)
     return Timed(times, watch.noise)
 
 

@@ -36,6 +36,7 @@ def interleave(
     least: int = 1,
     warmup: int = 1,
     items: Sequence[Any] | None = None,
+    settle: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, list[float]]:
@@ -50,6 +51,8 @@ def interleave(
         least: rounds that are run however long they take.
         warmup: rounds that are run first and not timed.
         items: where given, round r hands items[r % len(items)] to every call; otherwise calls take no argument.
+        settle: seconds of sleep before each call, which are not timed. Threads of an engine spin for a while after a
+            call, PyTorch's for 8 ms, and take the processor from the engine that comes next.
         clock: the time in seconds.
         progress: told after each round which share of the work is done, in (0, 1].
 
@@ -60,8 +63,8 @@ def interleave(
         raise ValueError("nothing to time")
     if rounds is None and seconds is None:
         raise ValueError("give rounds, seconds or both: otherwise this would never end")
-    if (rounds is not None and rounds < 1) or (seconds is not None and seconds <= 0) or warmup < 0:
-        raise ValueError(f"no measurement of {rounds=}, {seconds=}, {warmup=}")
+    if (rounds is not None and rounds < 1) or (seconds is not None and seconds <= 0) or min(warmup, settle) < 0:
+        raise ValueError(f"no measurement of {rounds=}, {seconds=}, {warmup=}, {settle=}")
     if (precision is not None and precision <= 0) or least < 1:
         raise ValueError(f"no measurement of {precision=}, {least=}")
     names = list(calls)
@@ -72,6 +75,8 @@ def interleave(
         arguments = () if items is None else (items[round_ % len(items)],)
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
+            if settle:
+                time.sleep(settle)
             start = clock()
             calls[name](*arguments)
             elapsed = clock() - start

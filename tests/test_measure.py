@@ -38,6 +38,19 @@ def test_rounds_alternate_and_warmup_is_not_timed():
     assert "".join(name for (name,) in log) == "abba" + "abbaab"
 
 
+def test_calls_are_apart_where_they_are_to_settle():
+    began, ended = [], []
+
+    def call():
+        began.append(time.perf_counter())
+        ended.append(time.perf_counter())
+
+    measure.interleave({"a": call, "b": call}, rounds=2, warmup=0, settle=0.01)
+    assert all(begin - end >= 0.01 for begin, end in zip(began[1:], ended, strict=False))
+    with pytest.raises(ValueError, match="settle=-1"):
+        measure.interleave({"a": call}, rounds=1, settle=-1)
+
+
 def test_items_are_handed_out_in_turn():
     clock, log = Clock(), []
     interleave(
