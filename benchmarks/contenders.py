@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from benchmarks.peers import Peer, Setting, Unavailable
+from benchmarks.results import OUT_OF_TIME
 from benchmarks.workloads import Batch
 
 # They are compiled for the shape of the batch that they are made ready with, and are another thing after a second one.
@@ -60,7 +61,7 @@ class Contenders:
         if self._device not in peer.devices:
             return Refused("skipped", f"runs on {' and '.join(peer.devices)} only")
         if self._allowance <= 0 and peer.name not in self._needed:
-            return Refused("skipped", "the time for preparing is used up: give it more --seconds, or name fewer peers")
+            return Refused("skipped", f"the time for preparing is used up: {OUT_OF_TIME}, or name fewer peers")
         begin = time.perf_counter()
         try:
             return Ready(prepare(), time.perf_counter() - begin)

@@ -22,7 +22,7 @@ from benchmarks.contenders import Contenders, Refused, one_line
 from benchmarks.goals import GOALS
 from benchmarks.goals import PEER as OURS
 from benchmarks.peers import Peer
-from benchmarks.results import Record, Writer
+from benchmarks.results import OUT_OF_TIME, Record, Writer
 from benchmarks.workloads import Batch, Workload
 from bertfast.energy import Meter
 from bertfast.measure import PRECISION, Ratio, Summary, converged, interleave, peak_memory
@@ -206,7 +206,7 @@ class Harness:
         weights = [weight(case) for case in cases]
         for i, case in enumerate(cases):
             if self.left() <= 0:
-                self._refuse_all(case, Refused("skipped", "the time was over before: give it more --seconds"))
+                self._refuse_all(case, Refused("skipped", f"the time was over before: {OUT_OF_TIME}"))
                 continue
             try:
                 self._measure(case, weights[i] / sum(weights[i:]))
@@ -231,7 +231,7 @@ class Harness:
         seconds = self.left() * _ROUNDS * share
         chosen = fitting(costs, seconds, self.needed)
         for key in candidates.keys() - chosen:
-            reason = f"{LEAST_ROUNDS} rounds of {costs[key]:.2g} s do not fit into the time: give it more --seconds"
+            reason = f"{LEAST_ROUNDS} rounds of {costs[key]:.2g} s do not fit into the time: {OUT_OF_TIME}"
             self._refuse(case, key, Refused("skipped", reason))
         if not chosen:
             return None

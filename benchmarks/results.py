@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 2
+OUT_OF_TIME = "give it more --seconds"  # in the reason of whatever was skipped for want of it
 SUITE = Path(__file__).parent / "results" / "suite.jsonl"
 
 Record = dict[str, Any]

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from benchmarks.report import words
 from benchmarks.report.lines import BASELINE, Line, measured
+from benchmarks.results import OUT_OF_TIME
 
 
 class Cell(NamedTuple):
@@ -42,8 +43,12 @@ def comparable(line: Line) -> bool:
 
 
 def missing(line: Line | None) -> Cell:
-    """A dash with the reason; nothing at all where nobody tried."""
-    return NOTHING if line is None else Cell("–", note=f"{line['peer']}: {why(line)}")
+    """A dash with the reason; nothing at all where nobody tried. That time was short is one reason for all."""
+    if line is None:
+        return NOTHING
+    if line["status"] == "skipped" and OUT_OF_TIME in line["reason"]:
+        return Cell("–", note="not measured: that run had too little time for everybody")
+    return Cell("–", note=f"{line['peer']}: {why(line)}")
 
 
 def why(line: Line) -> str:
