@@ -3,6 +3,7 @@
 from importlib import metadata
 
 from bertfast import backend, ops
+from bertfast.architectures import Family, families, register_family
 from bertfast.config import BertConfig
 from bertfast.errors import BackendError, BertfastError, CheckpointError, UnsupportedModelError
 from bertfast.heads import (
@@ -15,7 +16,7 @@ from bertfast.heads import (
     BertForTokenClassification,
 )
 from bertfast.model import BertModel
-from bertfast.packing import PackedBatch, Packing, PackingCollator
+from bertfast.packing import FlatteningCollator, PackedBatch, Packing, PackingCollator
 from bertfast.patching import explain, patch, unpatch
 
 try:
@@ -36,6 +37,8 @@ __all__ = [
     "BertModel",
     "BertfastError",
     "CheckpointError",
+    "Family",
+    "FlatteningCollator",
     "PackedBatch",
     "Packing",
     "PackingCollator",
@@ -43,7 +46,9 @@ __all__ = [
     "__version__",
     "backend",
     "explain",
+    "families",
     "ops",
     "patch",
+    "register_family",
     "unpatch",
 ]

@@ -3,12 +3,12 @@
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from bertfast.architectures import Family, Reads
 from bertfast.eligibility import EmbeddingStructure, LayerStructure, Refusal, Structure
-from bertfast.families import Family, Reads
 from bertfast.layer import LayerPacks
 from bertfast.packing import Packing
 
@@ -51,18 +51,32 @@ class LayerState:
 
 @dataclass
 class HeadState:
-    """What patching keeps on a task model whose head reads padding where labels stand on it."""
+    """What patching keeps on a task model, and on the module that gives its span logits where there is one."""
 
     family: Family
+    reads: Reads
     handles: list = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Goes to a layer in the mask's place: the tokens are packed like this; the mask is what stock code would take."""
+    """Goes to a layer in the mask's place: the tokens are packed like this; the mask is what stock code would take.
+
+    bias: what is added to the attention scores of a sequence, (1, heads, max_seqlen, max_seqlen), if anything.
+    """
 
     packing: Packing
     mask: Tensor | None
+    bias: Tensor | None = None
+
+
+class HeadCall(NamedTuple):
+    """One call of a task model. packing: known where the batch was not padded by the caller."""
+
+    model: nn.Module
+    base: nn.Module
+    labels: Tensor | None
+    packing: Packing | None
 
 
 class Frame:
@@ -84,7 +98,7 @@ class _Calls(threading.local):
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
-        self.heads: list[tuple[nn.Module, nn.Module, Tensor | None]] = []
+        self.heads: list[HeadCall] = []
 
 
 calls = _Calls()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bertfast import backend
-from bertfast.families import KINDS, Family, activation_of
+from bertfast.architectures import KINDS, Family, activation_of
 from bertfast.layer import LayerParameters, LayerSettings
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -92,10 +92,7 @@ class Structure:
                 above, here = ".".join(parents[: depth - 1]), ".".join(parents[:depth])
                 if here not in self.containers:
                     module = self._link(self.containers[above], parent, here)
-                    if (
-                        type(module).__module__ != family.module
-                        or type(module).__qualname__ not in family.containers[here]
-                    ):
+                    if f"{type(module).__module__}.{type(module).__qualname__}" not in family.containers_of(here):
                         raise LookupError(f"{here} is a {_class_name(module)}")
                     self.containers[here] = module
             module = self._link(self.containers[".".join(parents)], name, path)
@@ -168,6 +165,15 @@ def refuse_kind(dtype: torch.dtype, device: torch.device) -> Refusal | None:
     return None
 
 
+# Attributes of a layer's containers that, set, ask for what only stock code does.
+_SWITCHES = {
+    "is_decoder": "decoder",
+    "is_causal": "decoder",
+    "chunk_size_feed_forward": "chunked feed-forward",
+    "pruned_heads": "pruned heads",
+}
+
+
 class LayerReading(NamedTuple):
     """What one call of a layer needs. scale is that of the attention scores."""
 
@@ -189,12 +195,19 @@ class LayerStructure(Structure):
         ]
         container, _, self._activation = family.activation.rpartition(".")
         self._activation_owner = self.containers[container]
-        self._self_attention = self.containers["attention.self"]
-        self._attention = self.containers["attention"]
+        self._self_attention = self.containers[family.self_attention]
+        self._head_count = family.head_count
+        self._switches = [
+            (m.__dict__, name, reason)
+            for m in self.containers.values()
+            for name, reason in _SWITCHES.items()
+            if name in m.__dict__
+        ]
         self._norms = self.places["attention_norm"], self.places["output_norm"]
-        self._hidden_dropouts = self.places["attention_output_dropout"], self.places["output_dropout"]
         self._attention_dropout = self.places["attention_dropout"]
-        self._training = [m.__dict__ for m in (self._self_attention, self._attention_dropout, *self._hidden_dropouts)]
+        self._hidden_dropouts = self.places.get("attention_output_dropout"), self.places["output_dropout"]
+        stochastic = (self._self_attention, self._attention_dropout, *self._hidden_dropouts)
+        self._training = [m.__dict__ for m in stochastic if m is not None]
 
     def read(self, x: Tensor) -> LayerReading | Refusal:
         """The parameters and settings for this call on hidden states `x`; for a layer without a `refusal`."""
@@ -204,26 +217,26 @@ class LayerStructure(Structure):
         t = _tensors(self._sources, x.dtype, x.device)
         if type(t) is Refusal:
             return t
-        hidden = attention = 0.0
-        if self.owner.__dict__["training"]:
-            hidden, attention = self._hidden_dropouts[0].p, self._attention_rate()
+        dropouts = self._dropouts() if self.owner.__dict__["training"] else (0.0, 0.0, 0.0)
         attributes = self._self_attention.__dict__
         size = attributes["attention_head_size"]
         return LayerReading(
             LayerParameters((t[0], t[2], t[4]), (t[1], t[3], t[5]), *t[6:]),
             LayerSettings(
-                attributes["num_attention_heads"],
+                attributes[self._head_count],
                 self._norms[0].eps,
                 activation_of(self._find_activation()) or "none",
-                hidden,
-                attention,
+                *dropouts,
             ),
             attributes.get("scaling", size**-0.5),
         )
 
-    def _attention_rate(self) -> float:
+    def _dropouts(self) -> tuple[float, float, float]:
+        """The probabilities of the attention's, of its output's and of the layer's output's dropout."""
         # In 4.57 the sdpa attention keeps the probability beside the module and reads its own copy.
-        return self._self_attention.__dict__.get("dropout_prob", self._attention_dropout.p)
+        attention = self._self_attention.__dict__.get("dropout_prob", self._attention_dropout.p)
+        first, second = self._hidden_dropouts
+        return attention, 0.0 if first is None else first.p, second.p
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -243,10 +256,9 @@ class LayerStructure(Structure):
     @property
     def adds_mask(self) -> bool:
         """Whether the stock attention adds its mask to the scores, be it boolean or not."""
-        config = self.config
-        if config is None:  # transformers 4 has a class for each implementation
-            return "Sdpa" not in type(self._self_attention).__name__
-        return config._attn_implementation != "sdpa"
+        if "Sdpa" in type(self._self_attention).__name__:  # transformers 4 has a class for each implementation
+            return False
+        return self.config is None or self.config._attn_implementation != "sdpa"
 
     def _find_activation(self) -> object:
         owner = self._activation_owner
@@ -254,15 +266,11 @@ class LayerStructure(Structure):
 
     def refusal(self) -> Refusal | None:
         """Why stock code has to run the layer whatever its input; `refuse_config(self.config)` is another question."""
-        layer, attention = self.owner.__dict__, self._self_attention.__dict__
-        if layer["is_decoder"] or attention.get("is_decoder") or attention.get("is_causal"):
-            return Refusal("decoder")
-        if layer["chunk_size_feed_forward"]:
-            return Refusal("chunked feed-forward")
-        if attention.get("position_embedding_type", "absolute") != "absolute":
+        for attributes, name, reason in self._switches:
+            if attributes[name]:
+                return Refusal(reason)
+        if self._self_attention.__dict__.get("position_embedding_type", "absolute") != "absolute":
             return Refusal("relative positions")
-        if self._attention.__dict__.get("pruned_heads"):
-            return Refusal("pruned heads")
         activation = self._activation_owner._modules.get(self._activation)
         if activation is not None and (hooks_matter(activation) or "forward" in activation.__dict__):
             return Refusal("the activation has hooks or a forward of its own")
@@ -270,15 +278,11 @@ class LayerStructure(Structure):
             return Refusal(f"no kernel for the activation {self._find_activation()}")
         if self._norms[0].eps != self._norms[1].eps:
             return Refusal("the two norms have different eps")
-        training = layer["training"]
+        training = self.owner.__dict__["training"]
         if any(d["training"] is not training for d in self._training):
             return Refusal("parts of the layer are in training mode, others are not")
-        if training:
-            first, second = self._hidden_dropouts
-            if first.p != second.p:
-                return Refusal("the two hidden dropouts have different probabilities")
-            if first.p >= 1.0 or self._attention_rate() >= 1.0:
-                return Refusal("a dropout of everything")
+        if training and max(self._dropouts()) >= 1.0:
+            return Refusal("a dropout of everything")
         return super().refusal()
 
 
@@ -310,6 +314,7 @@ class EmbeddingReading(NamedTuple):
     eps: float
     dropout: float
     padding_idx: int | None
+    position_padding_idx: int | None
 
 
 class EmbeddingStructure(Structure):
@@ -317,14 +322,12 @@ class EmbeddingStructure(Structure):
 
     def __init__(self, embeddings: nn.Module, family: Family) -> None:
         super().__init__(embeddings, family, family.embedding_places)
-        self._tables = [self.places[place] for place in ("word", "position", "token_type")]
+        tables = [place for place in ("word", "position", "token_type") if place in self.places]
+        self._tables = [self.places[place] for place in tables]
         self._norm, self._dropout = self.places["norm"], self.places["dropout"]
         self._sources = [
             (self.places[place]._parameters, name, family.embedding_places[place])
-            for place, name in (
-                *((place, "weight") for place in ("word", "position", "token_type", "norm")),
-                ("norm", "bias"),
-            )
+            for place, name in (*((place, "weight") for place in (*tables, "norm")), ("norm", "bias"))
         ]
 
     def read(self) -> EmbeddingReading | Refusal:
@@ -339,13 +342,15 @@ class EmbeddingStructure(Structure):
             return Refusal("relative positions")
         if any(e.max_norm is not None or e.sparse or e.scale_grad_by_freq for e in self._tables):
             return Refusal("an embedding with max_norm, sparse or scale_grad_by_freq")
-        words, *others = (e.padding_idx for e in self._tables)
-        if any(i is not None for i in others):
-            return Refusal("positions or token types with a padding_idx")
+        words, positions, *types = (e.padding_idx for e in self._tables)
+        if types and types[0] is not None:
+            return Refusal("token types with a padding_idx")
         dropout = self._dropout.p if self._dropout.training else 0.0
         if dropout >= 1.0:
             return Refusal("a dropout of everything")
         t = _tensors(self._sources, word.dtype, word.device)
         if type(t) is Refusal:
             return t
-        return EmbeddingReading(tuple(t), self._norm.eps, dropout, words)
+        if not types:  # nothing is added for a type: one row of zeros
+            t.insert(2, word.new_zeros(1, word.shape[1]))
+        return EmbeddingReading(tuple(t), self._norm.eps, dropout, words, positions)

@@ -40,8 +40,9 @@ class LayerSettings(NamedTuple):
     heads: int
     eps: float
     activation: str = "gelu"
-    hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    attention_output_dropout: float = 0.0
+    output_dropout: float = 0.0
 
 
 class LayerPacks(NamedTuple):
@@ -91,19 +92,22 @@ def encoder_layer(
     context = attend(linear(x, p.qkv_weights, p.qkv_biases, packed=packs.qkv).view(shape)).flatten(1)
     attended = linear(context, p.attention_weight, packed=packs.attention)
     del context
-    y = _add_norm(attended, x, p.attention_bias, p.attention_norm_weight, p.attention_norm_bias, s)
+    norm = p.attention_norm_weight, p.attention_norm_bias, s.eps
+    y = _add_norm(attended, x, p.attention_bias, *norm, s.attention_output_dropout)
     del attended
     up_down = linear(
         linear(y, p.up_weight, p.up_bias, activation=s.activation, packed=packs.up), p.down_weight, packed=packs.down
     )
-    return _add_norm(up_down, y, p.down_bias, p.output_norm_weight, p.output_norm_bias, s)
+    return _add_norm(up_down, y, p.down_bias, p.output_norm_weight, p.output_norm_bias, s.eps, s.output_dropout)
 
 
-def _add_norm(x: Tensor, residual: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor, s: LayerSettings) -> Tensor:
+def _add_norm(
+    x: Tensor, residual: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float
+) -> Tensor:
     if x.dtype is not residual.dtype:
         # Under autocast the GEMMs are in half precision and the residual stream is not, as in stock code.
         x = x.to(residual.dtype)
-    return residual_layer_norm(x, residual, weight, bias, s.eps, x_bias=x_bias, dropout_p=s.hidden_dropout)
+    return residual_layer_norm(x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout)
 
 
 def activation_name(hidden_act: object) -> str | None:

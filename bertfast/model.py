@@ -118,7 +118,8 @@ class BertLayer(nn.Module):
     def _settings(self) -> LayerSettings:
         if not self.training:
             return LayerSettings(self.heads, self.eps, self.activation)
-        return LayerSettings(self.heads, self.eps, self.activation, self.hidden_dropout, self.attention_dropout)
+        dropouts = self.attention_dropout, self.hidden_dropout, self.hidden_dropout
+        return LayerSettings(self.heads, self.eps, self.activation, *dropouts)
 
     def _parameters_in_order(self) -> LayerParameters:
         attention, attended = self.attention.self, self.attention.output

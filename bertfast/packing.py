@@ -6,6 +6,7 @@ of the rectangle they came from, with `cu_seqlens` marking the borders.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class Packing:
     cu_seqlens: (batch + 1,) int32, the borders of the sequences in the packed tensor.
     indices: (tokens,) int64, where each packed token stands in the flattened rectangle; None where the rectangle has
         no padding, so that packing is a view.
-    batch, seq_len: the rectangle.
+    batch, seq_len: the rectangle. A batch that never was padded may call itself one row of all tokens, (1, tokens).
     lengths: valid tokens of each sequence, on the host.
     max_seqlen: the largest of them.
     order: (batch,) int32, longest sequences first, in which a GPU begins with them; None where it does not matter.
@@ -80,6 +81,15 @@ class Packing:
         order = host[1:].argsort(descending=True).int().to(device)
         return cls(host.cumsum(0).int().to(device), indices, batch, seq_len, tuple(lengths), seq_len, order)
 
+    def flat(self) -> "Packing":
+        """The same sequences, with all valid tokens in one row, (1, tokens), for a rectangle."""
+        return replace(self, indices=None, batch=1, seq_len=self.tokens)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether several sequences, or none, stand in the one row of the rectangle."""
+        return len(self.lengths) != self.batch
+
     @property
     def tokens(self) -> int:
         """How many valid tokens there are."""
@@ -102,9 +112,25 @@ class Packing:
 
     def position_ids(self) -> Tensor:
         """The column of each token in the rectangle, (tokens,) int64: BERT's positions count padding."""
+        if self.is_flat:
+            starts = self.cu_seqlens[:-1].long().repeat_interleave(self.cu_seqlens.diff(), output_size=self.tokens)
+            return torch.arange(self.tokens, device=starts.device) - starts
         if self.indices is not None and self.seq_len:
             return self.indices % self.seq_len
         return torch.arange(self.seq_len, device=self.cu_seqlens.device).repeat(self.batch)
+
+    def running_counts(self, counted: Tensor) -> Tensor:
+        """For each token the number of those in its sequence up to itself that are `counted`; 0 for the others.
+
+        counted: (batch, seq_len) bool, of the whole rectangle, padding too. Returns (tokens,) int64. RoBERTa's
+        positions are such counts.
+        """
+        if not self.is_flat:
+            return self.pack(counted.cumsum(1) * counted)
+        counted = counted.flatten()
+        sums = counted.cumsum(0)
+        before = torch.cat((sums.new_zeros(1), sums))[self.cu_seqlens[:-1].long()]
+        return (sums - before.repeat_interleave(self.cu_seqlens.diff(), output_size=self.tokens)) * counted
 
 
 def check_mask(mask: Tensor) -> None:
@@ -115,13 +141,20 @@ def check_mask(mask: Tensor) -> None:
         raise TypeError(f"attention_mask must be bool, integer or floating, not {mask.dtype}")
 
 
+def has_holes(mask: Tensor) -> bool:
+    """Whether padding stands between valid tokens of a sequence in a (batch, seq_len) mask. Waits for the device."""
+    valid = mask != 0
+    begins = valid[:, 1:] & ~valid[:, :-1]
+    return bool((begins.sum(1) + valid[:, 0] > 1).any())
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """A batch that never was padded: what the model takes in place of `input_ids` and `attention_mask`.
 
     input_ids, position_ids: (tokens,) int64 of all sequences behind one another. token_type_ids: the same, or None
     for 0 everywhere. labels: whatever the head wants, or None: (tokens,) for heads that label tokens, (sequences, ...)
-    for heads that label sequences. packing: the borders.
+    for heads that label sequences; token_labels: which of them. packing: the borders.
     """
 
     input_ids: Tensor
@@ -129,6 +162,7 @@ class PackedBatch:
     packing: Packing
     token_type_ids: Tensor | None = None
     labels: Tensor | None = None
+    token_labels: bool = False
 
     @classmethod
     def from_lists(
@@ -155,7 +189,24 @@ class PackedBatch:
             packing,
             None if token_type_ids is None else _concatenate(token_type_ids).to(device),
             None if labels is None else _labels(labels, lengths, token_labels).to(device),
+            token_labels,
         )
+
+    def flattened(self) -> dict[str, Any]:
+        """The batch as keyword arguments of a patched model of transformers: all tokens in one row, and the borders.
+
+        input_ids, token_type_ids and labels of tokens are (1, tokens), labels of sequences as they are; the rest is
+        what transformers' DataCollatorWithFlattening calls the borders. Positions are left to the model, which knows
+        how it counts them.
+        """
+        borders, longest = self.packing.cu_seqlens, self.packing.max_seqlen
+        arguments = {"input_ids": self.input_ids[None]}
+        if self.token_type_ids is not None:
+            arguments["token_type_ids"] = self.token_type_ids[None]
+        if self.labels is not None:
+            arguments["labels"] = self.labels[None] if self.token_labels else self.labels
+        lengths = {"max_length_q": longest, "max_length_k": longest}
+        return {**arguments, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
@@ -165,9 +216,8 @@ class PackedBatch:
 
         p = self.packing
         packing = replace(p, cu_seqlens=move(p.cu_seqlens), indices=move(p.indices), order=move(p.order))
-        return PackedBatch(
-            move(self.input_ids), move(self.position_ids), packing, move(self.token_type_ids), move(self.labels)
-        )
+        moved = {k: move(getattr(self, k)) for k in ("input_ids", "position_ids", "token_type_ids", "labels")}
+        return replace(self, packing=packing, **moved)
 
 
 def _concatenate(lists: Sequence[Sequence[int]]) -> Tensor:
@@ -210,3 +260,10 @@ class PackingCollator:
         columns = {k: [f[k] for f in features] for k in known - {"attention_mask"} if k in features[0]}
         labels = columns.get("labels", columns.get("label"))
         return PackedBatch.from_lists(columns["input_ids"], columns.get("token_type_ids"), labels, self.token_labels)
+
+
+class FlatteningCollator(PackingCollator):
+    """As PackingCollator, with `PackedBatch.flattened` of the batch: what Trainer can hand to a patched model."""
+
+    def __call__(self, features: Sequence[dict]) -> dict[str, Any]:
+        return super().__call__(features).flattened()

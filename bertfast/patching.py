@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bertfast import backend
+from bertfast.architectures import Family, Reads, families, head_of, role_of, stock_class
 from bertfast.calls import STATE, BackboneState, HeadState, LayerState
 from bertfast.errors import UnsupportedModelError
-from bertfast.families import Family, head_of, role_of, stock_class
 from bertfast.layer import LayerPacks
-from bertfast.planning import after_backbone, after_head, before_backbone, before_head
+from bertfast.planning import after_backbone, after_head, before_backbone, before_head, pooled_tokens, span_logits
 from bertfast.seams import is_seam, seam_class
 
 Padding = Literal["exact", "drop"]
@@ -53,29 +53,37 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) ->
         family, reads = head_of(type(module)) or (None, None)
         base = None if family is None else getattr(module, family.prefix, None)
         if isinstance(base, nn.Module) and isinstance(base.__dict__.get(STATE), BackboneState):
+            if reads == "summary":
+                reads = "first" if module.sequence_summary.summary_type == "first" else "all"
             base.__dict__[STATE].reads = reads
-            if reads == "labels" and STATE not in module.__dict__:
-                module.__dict__[STATE] = HeadState(
-                    family,
-                    [
-                        module.register_forward_pre_hook(before_head, with_kwargs=True),
-                        module.register_forward_hook(after_head, always_call=True),
-                    ],
-                )
+            if STATE not in module.__dict__:
+                _patch_head(module, family, reads)
     return model
+
+
+def _patch_head(model: nn.Module, family: Family, reads: Reads) -> None:
+    handles = [
+        model.register_forward_pre_hook(before_head, with_kwargs=True),
+        model.register_forward_hook(after_head, always_call=True),
+    ]
+    if reads == "span":
+        handles.append(model.qa_outputs.register_forward_hook(span_logits))
+    model.__dict__[STATE] = HeadState(family, reads, handles)
 
 
 def _patch_backbone(model: nn.Module, family: Family, padding: Padding, pack_weights: bool) -> None:
     state = model.__dict__.get(STATE)
     if state is None:
-        state = BackboneState(family, padding, pack_weights)
+        pooler = None if family.pooler is None else getattr(model, family.pooler, None)
+        state = BackboneState(family, padding, pack_weights, pooled=pooler is not None)
         model.__dict__[STATE] = state
         state.handles = [
             model.register_forward_pre_hook(before_backbone, with_kwargs=True),
             model.register_forward_hook(after_backbone, always_call=True),
         ]
+        if pooler is not None:
+            state.handles.append(pooler.register_forward_pre_hook(pooled_tokens))
     state.padding, state.pack_weights = padding, pack_weights
-    state.pooled = getattr(model, family.pooler, None) is not None
     for module in model.modules():
         role = (role_of(stock_class(type(module))) or (None, None))[1]
         if role in ("encoder", "embeddings", "layer") and (is_seam(module) or role_of(type(module)) is not None):
@@ -131,9 +139,10 @@ def _what_is_there(model: Any, root: nn.Module) -> str:
     models = {type(m) for m in root.modules() if hasattr(type(m), "from_pretrained") and hasattr(m, "config")}
     kinds = sorted(_name(kind) for kind in models - {type(model)})
     found = f" with {', '.join(kinds)} inside" if kinds else ""
+    known = ", ".join(family.model for family in families())
     return (
-        f"no supported model in this {_name(type(model))}{found}: patch knows transformers' BertModel "
-        "and what is built on it (the exact class, not subclasses)"
+        f"no supported model in this {_name(type(model))}{found}: patch knows transformers' {known} and what is built "
+        "on them (the exact classes, not subclasses)"
     )
 
 
@@ -220,6 +229,8 @@ def _explain(name: str, model: nn.Module) -> BackboneReport:
     if state is None:
         return BackboneReport(**about)
     choices = _choices(weight, model.config.hidden_size // model.config.num_attention_heads)
+    if state.family.position_bias is not None:
+        choices["varlen_attention"] = backend.Choice("varlen_attention", "PyTorch's, for relative positions")
     return BackboneReport(
         **about,
         options={"padding": state.padding, "pack_weights": state.pack_weights},

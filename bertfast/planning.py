@@ -4,14 +4,14 @@ The hooks on a base model and on the task model around it see the call as the us
 sentence-transformers 6, call `model.forward` and so get past the hooks; then the encoder plans from what it sees.
 """
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bertfast.calls import STATE, BackboneState, Frame, LayerState, calls, structure_of
+from bertfast import flattened
+from bertfast.architectures import Family, bind, is_legacy, parameters_of, stock_class
+from bertfast.calls import STATE, BackboneState, Frame, HeadCall, LayerState, calls, structure_of
 from bertfast.eligibility import (
     INERT,
     LayerStructure,
@@ -22,34 +22,62 @@ from bertfast.eligibility import (
     refuse_kind,
     traced,
 )
-from bertfast.families import Reads, is_legacy
-from bertfast.packing import Packing
+from bertfast.packing import Packing, has_holes
+from bertfast.positions import position_ids
 
 _IGNORED_LABEL = -100
+# What heads read of a batch in one row: token by token. The others are given a rectangle.
+_BY_TOKEN = ("tokens", "labels")
 
 
-@functools.cache
-def _parameter_names(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-def before_head(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a task model: what its head will read, and the labels."""
+def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a task model: what its head will read, and the labels; a batch that never was padded."""
     state = model.__dict__.get(STATE)
     if state is None or traced():
-        return
-    labels = kwargs.get("labels")
-    names = _parameter_names(type(model))
-    if labels is None and "labels" in names and names.index("labels") < len(args):
-        labels = args[names.index("labels")]
-    calls.heads.append((model, getattr(model, state.family.prefix), labels))
+        return None
+    base = getattr(model, state.family.prefix)
+    arguments = bind(type(model), args, kwargs)
+    packing = _take_flattened(model, state.family, arguments)
+    if packing is None:
+        calls.heads.append(HeadCall(model, base, arguments.get("labels"), None))
+        return None
+    pooled = state.family.pooler is not None and getattr(base, state.family.pooler, None) is not None
+    if state.reads not in _BY_TOKEN or pooled:
+        if "MultipleChoice" in type(model).__name__:
+            raise ValueError("multiple choice needs a rectangle of (batch, choices, seq_len): pad the batch")
+        padding = getattr(model.config, "pad_token_id", None) or 0
+        arguments, packing = flattened.to_rectangle(arguments, packing, padding, state.reads in ("labels", "all"))
+    calls.heads.append(HeadCall(model, base, arguments.get("labels"), packing))
+    return (), arguments
+
+
+def _take_flattened(model: nn.Module, family: Family, arguments: dict[str, Any]) -> Packing | None:
+    takes_positions = family.positions == "columns" and "position_ids" in parameters_of(type(model))
+    return flattened.take(arguments, takes_positions)
+
+
+def pooled_tokens(pooler: nn.Module, args: tuple) -> tuple | None:
+    """Forward pre-hook of a pooler, which takes position 0: in one row that is the first token of each sequence."""
+    frame = calls.frames[-1] if calls.frames and not traced() else None
+    if frame is None or frame.packing is None or not frame.packing.is_flat:
+        return None
+    return (args[0][0].index_select(0, frame.packing.cu_seqlens[:-1].long())[:, None],)
+
+
+def span_logits(module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
+    """Forward hook of the module that gives a span's logits: no span begins where a batch was padded by us."""
+    packing = calls.heads[-1].packing if calls.heads and not traced() else None
+    if packing is None or packing.indices is None:
+        return None
+    valid = packing.pad(torch.ones(packing.tokens, dtype=torch.bool, device=logits.device))
+    return logits.masked_fill(~valid[..., None], torch.finfo(logits.dtype).min)
 
 
 def after_head(model: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of a task model, called after errors too."""
     heads = calls.heads
-    if any(head[0] is model for head in heads):
-        while heads.pop()[0] is not model:
+    if any(head.model is model for head in heads):
+        while heads.pop().model is not model:
             pass
 
 
@@ -58,24 +86,41 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     state = model.__dict__.get(STATE)
     if state is None or traced():
         return None
-    frame = Frame(model, getattr(model, "encoder", None))
+    family = state.family
+    frame = Frame(model, getattr(model, family.encoder_place, None))
     calls.frames.append(frame)
-    names = _parameter_names(type(model))
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-    packing = _plan(model, state, arguments)
+    arguments = bind(type(model), args, kwargs)
+    known = next((head.packing for head in reversed(calls.heads) if head.base is model), None)
+    if known is None:
+        known = _take_flattened(model, family, arguments)
+    flat = known is not None and known.is_flat
+    packing = _plan(model, state, arguments, known)
     if type(packing) is Refusal:
+        if flat:
+            raise ValueError(f"sequences that stand in one row would mix in stock code, which has to run: {packing}")
         frame.rectangle = packing
         return None
     frame.packing = packing
+    if flat:
+        return (), _in_one_row(model, family, arguments, packing)
     mask = arguments.get("attention_mask")
     # A hook of someone else may want to see the mask as it was given; then stock code expands it for nothing.
     if mask is None or len(model._forward_pre_hooks) > 1 or len(model._forward_hooks) > 1:
         return None
-    small = _small_mask(model, state, mask)
-    index = names.index("attention_mask")
+    small = _small_mask(model, family, mask)
+    index = tuple(parameters_of(type(model))).index("attention_mask")
     if index < len(args):
         return (*args[:index], small, *args[index + 1 :]), kwargs
     return args, {**kwargs, "attention_mask": small}
+
+
+def _in_one_row(model: nn.Module, family: Family, arguments: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    """The arguments of a flattened call as stock code takes them, with each sequence's own positions."""
+    if arguments.get("position_ids") is None and "position_ids" in parameters_of(type(model)):
+        positions = position_ids(model.embeddings, family, packing, arguments.get("input_ids"))
+        if positions is not None:
+            return arguments | {"position_ids": positions[None]}
+    return arguments
 
 
 def after_backbone(model: nn.Module, args: tuple, output: Any) -> None:
@@ -86,10 +131,10 @@ def after_backbone(model: nn.Module, args: tuple, output: Any) -> None:
             pass
 
 
-def _small_mask(model: nn.Module, state: BackboneState, mask: Tensor) -> Tensor:
+def _small_mask(model: nn.Module, family: Family, mask: Tensor) -> Tensor:
     """The mask in a form that stock code hands on to its layers without expanding it to every pair of positions."""
-    if is_legacy(state.family):
-        return mask[:, None, :]
+    if is_legacy(family):
+        return mask if family.name == "distilbert" else mask[:, None, :]  # which expands nothing but two dimensions
     valid = mask.bool()[:, None, None, :]
     if model.config._attn_implementation == "sdpa":
         return valid
@@ -98,11 +143,15 @@ def _small_mask(model: nn.Module, state: BackboneState, mask: Tensor) -> Tensor:
     return torch.where(valid, zero, torch.finfo(dtype).min)
 
 
-def _plan(model: nn.Module, state: BackboneState, arguments: dict[str, Any]) -> Packing | Refusal:
-    """How the call is packed, or why it runs on the rectangle."""
-    reason = _refuse_call(model, arguments)
+def _plan(
+    model: nn.Module, state: BackboneState, arguments: dict[str, Any], known: Packing | None
+) -> Packing | Refusal:
+    """How the call is packed, or why it runs on the rectangle. known: what the caller said of the batch."""
+    reason = _refuse_call(model, state.family, arguments)
     if reason is not None:
         return reason
+    if known is not None:
+        return known if known.tokens else Refusal("no valid token at all")
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     x, dims = (ids, 2) if embeds is None else (embeds, 3)
     if (ids is None) is (embeds is None) or not isinstance(x, Tensor) or x.dim() != dims:
@@ -115,22 +164,19 @@ def _plan(model: nn.Module, state: BackboneState, arguments: dict[str, Any]) -> 
         return Packing.full(batch, seq_len, x.device)
     if not isinstance(mask, Tensor) or mask.shape != (batch, seq_len) or mask.device != x.device:
         return Refusal("an attention mask that is not (batch, seq_len) beside its input")
-    pooled = getattr(model, state.family.pooler, None) is not None
-    return _pack(state, mask, model, pooled)
+    return _pack(state, mask, model)
 
 
-def plan_encoder(
-    encoder: nn.Module, hidden_states: Tensor, mask: Tensor | None, args: tuple, kwargs: dict
-) -> Packing | Refusal:
+def plan_encoder(encoder: nn.Module, arguments: dict[str, Any]) -> Packing | Refusal:
     """How a call of the encoder that came past the base model's hook is packed, or why it runs on the rectangle.
 
-    The mask is what stock code has expanded to (batch, 1, queries, keys).
+    The mask is what stock code has expanded to (batch, 1, queries, keys), or DistilBERT's own in transformers 4.
     """
     state: BackboneState = encoder.__dict__[STATE]
-    arguments = {k: v for k, v in kwargs.items() if not _is_empty(v)}
-    if any(a is not None for a in args):
-        return Refusal("positional arguments of the encoder")
-    reason = _refuse_arguments(arguments, encoder.config) or _refuse_structure(encoder)
+    arguments = {k: v for k, v in arguments.items() if not _is_empty(v)}
+    names = tuple(parameters_of(stock_class(type(encoder))))[:2]
+    hidden_states, mask = (arguments.pop(name, None) for name in names)
+    reason = _refuse_arguments(arguments, _config_of(encoder, state)) or _refuse_structure(encoder)
     if reason is not None:
         return reason
     if hidden_states.dim() != 3 or hidden_states.shape[:2].numel() == 0:
@@ -138,6 +184,8 @@ def plan_encoder(
     batch, seq_len, _ = hidden_states.shape
     if mask is None:
         return Packing.full(batch, seq_len, hidden_states.device)
+    if mask.shape == (batch, seq_len):
+        return _pack(state, mask, None)
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != seq_len:
         return Refusal("an attention mask of unknown form")
     keys = mask[:, :, :1]
@@ -146,7 +194,7 @@ def plan_encoder(
         return Refusal("an attention mask for each query")
     if mask.dtype != torch.bool and not bool((valid | (keys <= torch.finfo(mask.dtype).min)).all()):
         return Refusal("an attention mask that adds other values")
-    return _pack(state, valid[:, 0, 0].expand(batch, seq_len), None, state.pooled)
+    return _pack(state, valid[:, 0, 0].expand(batch, seq_len), None)
 
 
 def _is_empty(value: object) -> bool:
@@ -154,23 +202,32 @@ def _is_empty(value: object) -> bool:
     return isinstance(value, list) and all(item is None for item in value)
 
 
-def _pack(state: BackboneState, mask: Tensor, model: nn.Module | None, pooled: bool) -> Packing | Refusal:
+def _config_of(encoder: nn.Module, state: BackboneState) -> Any:
+    """The encoder's configuration, or that of its first layer, where it has one."""
+    if "config" in encoder.__dict__ or not len(encoder.layer):
+        return encoder.__dict__.get("config")
+    return getattr(encoder.layer[0].get_submodule(state.family.self_attention), "config", None)
+
+
+def _pack(state: BackboneState, mask: Tensor, model: nn.Module | None) -> Packing | Refusal:
     try:
         packing = Packing.from_mask(mask)
     except (TypeError, ValueError):
         return Refusal("an attention mask with values other than 0 and 1")
+    if packing.indices is not None and state.family.position_bias is not None and has_holes(mask):
+        return Refusal("relative positions of tokens with padding in between")
     if packing.indices is None or state.padding == "drop":
         return packing if packing.tokens else Refusal("no valid token at all")
-    return _refuse_exact(model, state.reads, pooled, mask, packing) or packing
+    return _refuse_exact(model, state, mask, packing) or packing
 
 
-def _refuse_call(model: nn.Module, arguments: dict[str, Any]) -> Refusal | None:
+def _refuse_call(model: nn.Module, family: Family, arguments: dict[str, Any]) -> Refusal | None:
     reason = _refuse_arguments(arguments, model.config)
     if reason is not None:
         return reason
     if "forward" in model.__dict__:
         return Refusal("the model has a forward of its own")
-    encoder, embeddings = model._modules.get("encoder"), model._modules.get("embeddings")
+    encoder, embeddings = model._modules.get(family.encoder_place), model._modules.get("embeddings")
     if encoder is None or embeddings is None or STATE not in encoder.__dict__ or STATE not in embeddings.__dict__:
         return Refusal("the encoder or the embeddings were replaced after patching")
     return _refuse_structure(encoder)
@@ -181,7 +238,9 @@ def _refuse_arguments(arguments: dict[str, Any], config: Any) -> Refusal | None:
         if value is not None and value is not False and name not in _BASE_ARGUMENTS:
             return Refusal("attentions wanted" if name == "output_attentions" else f"argument {name}")
     wanted = arguments.get("output_hidden_states")
-    if (config.output_hidden_states if wanted is None else wanted) is not False:
+    if wanted is None:
+        wanted = getattr(config, "output_hidden_states", False)
+    if wanted is not False:
         return Refusal("hidden states wanted")
     return refuse_config(config)
 
@@ -190,7 +249,7 @@ def _refuse_structure(encoder: nn.Module) -> Refusal | None:
     """Why the layers cannot be handed packed tokens."""
     if global_hooks():
         return Refusal("hooks on all modules")
-    config = encoder.config
+    config = encoder.__dict__.get("config")
     for i, layer in enumerate(encoder.layer):
         d = layer.__dict__
         state = d.get(STATE)
@@ -217,16 +276,14 @@ _BASE_ARGUMENTS = INERT | {
 }  # fmt: skip
 
 
-def _refuse_exact(
-    model: nn.Module | None, reads: Reads | None, pooled: bool, mask: Tensor, packing: Packing
-) -> Refusal | None:
+def _refuse_exact(model: nn.Module | None, state: BackboneState, mask: Tensor, packing: Packing) -> Refusal | None:
     """Why this padded batch has to keep stock's numbers at padding positions: something will read them."""
     if 0 in packing.lengths:
         return Refusal("exact padding: a sequence without valid tokens")
-    if reads == "always":
+    if state.reads in ("span", "all"):
         return Refusal("exact padding: the head reads padding positions")
-    if reads == "labels":
-        known = [labels for _, base, labels in calls.heads if base is model]
+    if state.reads == "labels":
+        known = [head.labels for head in calls.heads if head.base is model]
         if not known:
             return Refusal("exact padding: a call past the head, whose labels are not known")
         if (labels := known[-1]) is not None:
@@ -234,6 +291,7 @@ def _refuse_exact(
                 return Refusal("exact padding: labels that do not fit the mask")
             if bool(((labels.reshape(mask.shape).to(mask.device) != _IGNORED_LABEL) & (mask == 0)).any()):
                 return Refusal("exact padding: labels at padding positions")
-    if pooled and not bool(mask[:, 0].all()):
-        return Refusal("exact padding: the pooler reads position 0, which is padding")
+    if (state.pooled or state.reads == "first") and not bool(mask[:, 0].all()):
+        reader = "pooler" if state.pooled else "head"
+        return Refusal(f"exact padding: the {reader} reads position 0, which is padding")
     return None

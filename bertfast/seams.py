@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bertfast.architectures import Role, bind, families, is_legacy, parameters_of, returns_tuples, role_of, stock_class
 from bertfast.calls import STATE, Frame, Ticket, calls, count, structure_of
 from bertfast.eligibility import (
     EmbeddingStructure,
@@ -31,83 +32,76 @@ from bertfast.eligibility import (
     refuse_keywords,
     traced,
 )
-from bertfast.families import FAMILIES, Role, is_legacy, role_of
 from bertfast.layer import LayerPacks, encoder_layer
 from bertfast.ops import embed_layer_norm, varlen_attention
 from bertfast.packing import Packing
 from bertfast.planning import plan_encoder
+from bertfast.positions import position_ids
+from bertfast.relative import biased_attention
 
 
 class EmbeddingsSeam:
     """Mixed into the embeddings' class: the fused embedding op, for the valid tokens only in a packed call."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
-    ) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in stock code; in a packed call with zeros at padding positions."""
         if not traced():
             frame = calls.frames[-1] if calls.frames else None
             if frame is not None and (frame.model is None or frame.model._modules.get("embeddings") is not self):
                 frame = None
             packing = None if frame is None else frame.packing
-            if inputs_embeds is not None or past_key_values_length or input_ids is None:
-                out: Tensor | Refusal = Refusal("embeddings: given as a tensor")
-            else:
-                out = _embed(self, packing, input_ids, token_type_ids, position_ids)
+            arguments = bind(stock_class(type(self)), args, kwargs)
+            out = _embed(self, packing, arguments)
             if type(out) is not Refusal:
-                return out.view(*input_ids.shape, -1) if packing is None else packing.pad(out)
+                return out.view(*arguments["input_ids"].shape, -1) if packing is None else packing.pad(out)
             if frame is not None:
                 frame.reasons.add(out)
-        return super().forward(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values_length=past_key_values_length,
-        )
+                if packing is not None and packing.is_flat and arguments.get("position_ids") is None:
+                    raise ValueError(f"sequences that stand in one row have no positions in stock code, which: {out}")
+        return super().forward(*args, **kwargs)
 
 
-def _embed(
-    module: nn.Module, packing: Packing | None, input_ids: Tensor, types: Tensor | None, positions: Tensor | None
-) -> Tensor | Refusal:
+_EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
+
+
+def _embed(module: nn.Module, packing: Packing | None, arguments: dict[str, Any]) -> Tensor | Refusal:
     """The fused embeddings, (tokens, hidden): of the packed tokens, or of the whole rectangle without a packing."""
-    structure = structure_of(module, module.__dict__[STATE], EmbeddingStructure)
+    ids, types, positions = (arguments.get(name) for name in _EMBEDDED)
+    if ids is None or any(value is not None and value != 0 for k, value in arguments.items() if k not in _EMBEDDED):
+        return Refusal("embeddings: given as a tensor")
+    state = module.__dict__[STATE]
+    structure = structure_of(module, state, EmbeddingStructure)
     reading = structure if type(structure) is Refusal else structure.read()
     if type(reading) is Refusal:
         return Refusal(f"embeddings: {reading}")
-    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         return Refusal("embeddings: input_ids that are not (batch, seq_len) integers")
-    batch, seq_len = input_ids.shape
-    position_buffer, type_buffer = module._buffers.get("position_ids"), module._buffers.get("token_type_ids")
-
-    def packed(ids: Tensor) -> Tensor:
-        ids = ids.expand(batch, seq_len)
-        return (ids.reshape(-1) if packing is None else packing.pack(ids)).long()
-
-    for ids in (positions, types):
-        if ids is not None and (ids.dim() != 2 or ids.shape[1] != seq_len or ids.shape[0] not in (1, batch)):
+    batch, seq_len = ids.shape
+    packing = packing or Packing.full(batch, seq_len, ids.device)
+    for given in (positions, types):
+        if given is not None and (given.dim() != 2 or given.shape[1] != seq_len or given.shape[0] not in (1, batch)):
             return Refusal("embeddings: position_ids or token_type_ids of another shape")
-    if positions is not None:
-        positions = packed(positions)
-    elif position_buffer is None or seq_len > position_buffer.shape[1]:
-        return Refusal("embeddings: more positions than the model has")
+
+    def packed(given: Tensor) -> Tensor:
+        return packing.pack(given.expand(batch, seq_len)).long()
+
+    if positions is None:
+        positions = position_ids(module, state.family, packing, ids)
+        if positions is None:
+            return Refusal("embeddings: more positions than the model has")
     else:
-        columns = packed(torch.arange(seq_len, device=input_ids.device)) if packing is None else packing.position_ids()
-        positions = position_buffer[0].index_select(0, columns)
+        positions = packed(positions)
     if types is not None:
         types = packed(types)
-    elif type_buffer is None or is_legacy(module.__dict__[STATE].family):
-        return Refusal("embeddings: no token_type_ids")
-    else:
-        types = type_buffer[0].index_select(0, positions)
+    elif "token_type" in structure.places:
+        buffer = module._buffers.get("token_type_ids")
+        if buffer is None or is_legacy(state.family):
+            return Refusal("embeddings: no token_type_ids")
+        types = buffer[0].index_select(0, positions)
     return embed_layer_norm(
-        *(packed(input_ids), positions, types, *reading.tensors, reading.eps),
+        *(packed(ids), positions, types, *reading.tensors, reading.eps),
         padding_idx=reading.padding_idx,
+        position_padding_idx=reading.position_padding_idx,
         dropout_p=reading.dropout,
     )
 
@@ -115,23 +109,23 @@ def _embed(
 class EncoderSeam:
     """Mixed into the encoder's class: runs the layers on packed tokens where the frame says so."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in stock code. The layers are called as modules, so that their hooks and checkpointing work."""
         if traced():
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         frames = calls.frames
         if frames and frames[-1].encoder is self:
-            return _run(self, frames[-1], hidden_states, attention_mask, args, kwargs)
+            return _run(self, frames[-1], args, kwargs)
         # Somebody called `forward` of the model, not the model, as sentence-transformers 6 does, or this encoder alone.
         frame = Frame(None, self)
-        plan = plan_encoder(self, hidden_states, attention_mask, args, kwargs)
+        plan = plan_encoder(self, bind(stock_class(type(self)), args, kwargs))
         if type(plan) is Refusal:
             frame.rectangle = plan
         else:
             frame.packing = plan
         frames.append(frame)
         try:
-            return _run(self, frame, hidden_states, attention_mask, args, kwargs)
+            return _run(self, frame, args, kwargs)
         finally:
             frames.remove(frame)
 
@@ -139,26 +133,32 @@ class EncoderSeam:
         return super().forward(*args, **kwargs)
 
 
-def _run(encoder: Any, frame: Frame, hidden_states: Tensor, mask: Tensor | None, args: tuple, kwargs: dict) -> Any:
+def _run(encoder: Any, frame: Frame, args: tuple, kwargs: dict) -> Any:
     if frame.packing is not None:
-        output = _run_packed(encoder, frame.packing, hidden_states, mask, kwargs)
+        output = _run_packed(encoder, frame.packing, bind(stock_class(type(encoder)), args, kwargs))
     else:
-        output = encoder._stock(hidden_states, mask, *args, **kwargs)
+        output = encoder._stock(*args, **kwargs)
     count(encoder.__dict__[STATE], frame)
     return output
 
 
-def _run_packed(encoder: nn.Module, packing: Packing, hidden_states: Tensor, mask: Tensor | None, kwargs: dict) -> Any:
+def _run_packed(encoder: nn.Module, packing: Packing, arguments: dict[str, Any]) -> Any:
+    family, defaults = encoder.__dict__[STATE].family, parameters_of(stock_class(type(encoder)))
+    # The first two are the hidden states and the mask, whatever they are called.
+    hidden_states, mask = (arguments.get(name) for name in tuple(defaults)[:2])
+    bias = None
+    if family.position_bias is not None:
+        longest = packing.max_seqlen if packing.is_flat else packing.seq_len
+        bias = getattr(encoder, family.position_bias)(hidden_states.new_empty(1, longest, 0))
     # The embeddings gave a true rectangle, which hooks, adapters and stock code in between may look at and change.
     # The two copies cost 0.2 % of a forward pass (0.8 ms of 465 on MiniLM, 64 sentences in 128 columns, one core).
     x = packing.pack(hidden_states)
-    ticket = Ticket(packing, mask)
+    ticket = Ticket(packing, mask, bias)
     for layer in encoder.layer:
         out = layer(x, ticket)
         x = out[0] if isinstance(out, tuple) else out
     hidden = packing.pad(x)
-    family = encoder.__dict__[STATE].family
-    if is_legacy(family) and not kwargs.get("return_dict", True):
+    if returns_tuples(family) and not arguments.get("return_dict", defaults["return_dict"]):
         return (hidden,)
     return getattr(sys.modules[family.module], family.encoder_output)(last_hidden_state=hidden)
 
@@ -166,12 +166,18 @@ def _run_packed(encoder: nn.Module, packing: Packing, hidden_states: Tensor, mas
 class LayerSeam:
     """Mixed into the layer's class: the fused layer, on packed tokens or on the rectangle; stock code otherwise."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in stock code; (tokens, hidden) and a `Ticket` in place of hidden states and mask in a packed call."""
-        ticket = attention_mask if type(attention_mask) is Ticket else None
+        ticket = args[1] if len(args) == 2 and type(args[1]) is Ticket else None
         if ticket is None and traced():
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         state = self.__dict__[STATE]
+        if ticket is None:
+            # The first two are the hidden states and the mask, whatever they are called.
+            others = bind(stock_class(type(self)), args, kwargs)
+            x, mask = (others.pop(name, None) for name in tuple(parameters_of(stock_class(type(self))))[:2])
+        else:
+            x = args[0]
         structure = state.structure
         if ticket is None or structure is None or structure.owner is not self:
             structure = structure_of(self, state, LayerStructure)
@@ -179,33 +185,40 @@ class LayerSeam:
         if type(structure) is not Refusal and ticket is None:  # a packed call has asked all layers before it began
             reading = structure.refusal() or refuse_config(structure.config)
         if type(reading) is not Refusal:
-            reading = structure.read(hidden_states)
+            reading = structure.read(x)
         if type(reading) is not Refusal:
-            attend = (
-                _packed_attention(ticket.packing, reading)
-                if ticket is not None
-                else refuse_keywords(kwargs)
-                or (Refusal("cross attention or head mask") if any(a is not None for a in args) else None)
-                or _rectangle_attention(hidden_states, attention_mask, reading, structure.adds_mask)
-            )
+            if ticket is not None:
+                attend = _packed_attention(ticket, reading)
+            else:
+                bias = None if state.family.position_bias is None else others.pop("position_bias", None)
+                attend = refuse_keywords(others) or _rectangle_attention(x, mask, bias, reading, structure.adds_mask)
             reading = attend if type(attend) is Refusal else reading
         frames = calls.frames
         if type(reading) is Refusal:
             if frames:
                 frames[-1].reasons.add(f"layer: {reading}")
             if ticket is None:
-                return super().forward(hidden_states, attention_mask, *args, **kwargs)
-            out = super().forward(ticket.packing.pad(hidden_states), ticket.mask, *args, **kwargs)
-            if isinstance(out, tuple):
-                return (ticket.packing.pack(out[0]), *out[1:])
-            return ticket.packing.pack(out)
+                return super().forward(*args, **kwargs)
+            return _repack(ticket, super().forward, x, reading)
         if frames:
             frames[-1].fused = True
-        x = hidden_states if ticket is not None else hidden_states.reshape(-1, hidden_states.shape[-1])
+        rows = x if ticket is not None else x.reshape(-1, x.shape[-1])
         keep = state.structure is structure and _keeps_weights(self, reading)
-        out = encoder_layer(x, attend, reading.parameters, reading.settings, state.packs if keep else LayerPacks())
-        out = out if ticket is not None else out.view(hidden_states.shape)
-        return (out, None) if is_legacy(state.family) else out
+        out = encoder_layer(rows, attend, reading.parameters, reading.settings, state.packs if keep else LayerPacks())
+        out = out if ticket is not None else out.view(x.shape)
+        return (out, *state.family.layer_tail) if returns_tuples(state.family) else out
+
+
+def _repack(ticket: Ticket, forward: Callable[..., Any], x: Tensor, reason: Refusal) -> Any:
+    """A stock layer's output for packed tokens, by way of the rectangle."""
+    packing = ticket.packing
+    if packing.is_flat:
+        raise ValueError(f"sequences that stand in one row would mix in stock code, which has to run: {reason}")
+    bias = {} if ticket.bias is None else {"position_bias": ticket.bias}
+    out = forward(packing.pad(x), ticket.mask, **bias)
+    if isinstance(out, tuple):
+        return (packing.pack(out[0]), *out[1:])
+    return packing.pack(out)
 
 
 def _keeps_weights(layer: nn.Module, reading: LayerReading) -> bool:
@@ -218,39 +231,50 @@ def _keeps_weights(layer: nn.Module, reading: LayerReading) -> bool:
     return not cast and is_seam(layer) and not hasattr(weight, "_fsdp_flattened")
 
 
-def _packed_attention(packing: Packing, reading: LayerReading) -> Callable[[Tensor], Tensor]:
+def _packed_attention(ticket: Ticket, reading: LayerReading) -> Callable[[Tensor], Tensor]:
+    packing, dropout = ticket.packing, reading.settings.attention_dropout
+    if ticket.bias is not None:
+        return functools.partial(
+            biased_attention, lengths=packing.lengths, bias=ticket.bias, scale=reading.scale, dropout_p=dropout
+        )
     return functools.partial(
         varlen_attention,
         cu_seqlens=packing.cu_seqlens,
         max_seqlen=packing.max_seqlen,
         order=packing.order,
         scale=reading.scale,
-        dropout_p=reading.settings.attention_dropout,
+        dropout_p=dropout,
     )
 
 
 def _rectangle_attention(
-    hidden_states: Tensor, mask: Tensor | None, reading: LayerReading, eager: bool
+    hidden_states: Tensor, mask: Tensor | None, bias: Tensor | None, reading: LayerReading, eager: bool
 ) -> Callable[[Tensor], Tensor] | Refusal:
-    """Attention over all positions with the mask that stock code made, a boolean one or one to be added."""
+    """Attention over all positions with what stock code made: a boolean mask or one to be added, and a bias."""
     if hidden_states.dim() != 3:
         return Refusal(f"hidden states of {hidden_states.dim()} dimensions")
     batch, seq_len, _ = hidden_states.shape
-    if mask is None:
-        return _packed_attention(Packing.full(batch, seq_len, hidden_states.device), reading)
+    if mask is None and bias is None:
+        return _packed_attention(Ticket(Packing.full(batch, seq_len, hidden_states.device), None), reading)
     heads = reading.settings.heads
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return Refusal("an attention mask of unknown form")
-    if any(n not in (1, whole) for n, whole in zip(mask.shape, (batch, heads, seq_len, seq_len), strict=True)):
-        return Refusal(f"an attention mask of shape {tuple(mask.shape)}")
-    if mask.dtype != hidden_states.dtype and (eager or mask.dtype != torch.bool):
-        return Refusal(f"an attention mask of {mask.dtype}")
-
+    if isinstance(mask, Tensor) and mask.dim() == 2:  # DistilBERT's in transformers 4, which fills the others' scores
+        lowest = torch.finfo(hidden_states.dtype).min
+        mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(mask == 0, lowest)[:, None, None]
+    for added in (mask, bias):
+        if added is None:
+            continue
+        if not isinstance(added, Tensor) or added.dim() != 4:
+            return Refusal("an attention mask of unknown form")
+        if any(n not in (1, whole) for n, whole in zip(added.shape, (batch, heads, seq_len, seq_len), strict=True)):
+            return Refusal(f"an attention mask of shape {tuple(added.shape)}")
+        if added.dtype != hidden_states.dtype and (eager or added.dtype != torch.bool):
+            return Refusal(f"an attention mask of {added.dtype}")
+    total = mask if bias is None else bias if mask is None else mask + bias
     p = reading.settings.attention_dropout
 
     def attend(qkv: Tensor) -> Tensor:
         q, k, v = qkv.view(batch, seq_len, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        added = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        added = total if total.dtype == torch.bool else total.to(q.dtype)
         if eager:  # the two do not agree on rows without any valid key
             scores = q @ k.transpose(2, 3) * reading.scale + added
             context = F.dropout(torch.softmax(scores, dim=-1), p) @ v
@@ -282,7 +306,7 @@ def is_seam(module: nn.Module) -> bool:
 
 def __getattr__(name: str) -> type:
     """The seam classes by name, for pickle."""
-    for family in FAMILIES:
+    for family in families():
         if name in (family.embeddings, family.encoder, family.layer):
             return seam_class(getattr(importlib.import_module(family.module), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,56 +1,479 @@
-"""The look-up of classes and activations by name."""
+"""Every family, head and form of mask against stock, in float64 with large weights, and that the fused path ran."""
 
 import copy
+import importlib
 import pickle
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from bertfast import families
+import bertfast
+from bertfast import PackedBatch, Packing, architectures, layer, patch, seams
+from bertfast.architectures import parameters_of
 
 transformers = pytest.importorskip("transformers")
 
-
-def test_roles_are_exact() -> None:
-    from transformers.models.bert import modeling_bert
-
-    for role in ("model", "embeddings", "encoder", "layer"):
-        kind = getattr(modeling_bert, getattr(families.BERT, role))
-        assert families.role_of(kind) == (families.BERT, role)
-        assert families.role_of(type("Derived", (kind,), {})) is None
-
-
-def test_heads_include_subclasses() -> None:
-    for name, reads in families.BERT.heads.items():
-        kind = getattr(transformers, name)
-        assert families.head_of(kind) == families.head_of(type("Derived", (kind,), {})) == (families.BERT, reads)
-    assert families.head_of(transformers.BertForSequenceClassification) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("gelu", "gelu"),
-        ("gelu_python", "gelu"),
-        ("gelu_new", "gelu_tanh"),
-        ("gelu_fast", "gelu_tanh"),
-        ("gelu_pytorch_tanh", "gelu_tanh"),
-        ("relu", None),
-        ("silu", None),
-        ("quick_gelu", None),
-    ],
+from agreement import (  # noqa: E402
+    TOLERANCE,
+    assert_agree,
+    assert_same,
+    exact_path,
+    gradients,
+    pair,
+    ran,
+    reads_all,
+    reads_first,
+    reasons,
+    visible,
 )
-def test_activations(name: str, expected: str | None) -> None:
-    assert families.activation_of(transformers.activations.ACT2FN[name]) == expected
+from compatibility import note  # noqa: E402
+from stock_models import (  # noqa: E402
+    BATCH,
+    CLASSES,
+    FAMILIES,
+    LEGACY,
+    PAIRS,
+    SEQ_LEN,
+    build,
+    call_of,
+    family_of,
+    head_of,
+    mask_of,
+)
+
+FORMS = ("none", "ones", "right", "left", "holes", "empty row")
+BASES = tuple(family.classes[0] for family in FAMILIES.values())
 
 
-def test_torch_activations() -> None:
-    assert families.activation_of(torch.nn.GELU()) == "gelu"
-    assert families.activation_of(torch.nn.GELU("tanh")) == "gelu_tanh"
-    assert families.activation_of(torch.nn.functional.gelu) == "gelu"
-    assert families.activation_of(torch.nn.functional.relu) is None
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models this small only wait for one another on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_copies_are_the_family_itself() -> None:
-    assert copy.deepcopy(families.BERT) is families.BERT
-    assert pickle.loads(pickle.dumps(families.BERT)) is families.BERT
+def test_all_families_are_tested() -> None:
+    for family in bertfast.families():
+        ours = {family.model, *family.heads}
+        assert set(FAMILIES[family.name].classes) == ours, family.name
+        assert family.name in str(family) and family.model in str(family)
+        stock = importlib.import_module(family.module)
+        assert all(hasattr(stock, name) for name in ours)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "attention"), PAIRS)
+def test_exact_is_stock(name: str, attention: str, form: str, train: bool) -> None:
+    if LEGACY and (form, attention) == ("empty row", "eager") and name.startswith("DistilBert"):
+        pytest.skip("stock code of transformers 4 overflows in float64, to NaN")
+    stock, patched = (model.train(train) for model in pair(name, attention=attention))
+    mask = mask_of(form)
+    path = exact_path(name, form)
+    assert_agree(patched, stock, call_of(name, mask), mask, everything=path == "rectangle")
+    assert ran(patched) == {path: 1}
+    if not train and attention == family_of(name).attentions[0]:
+        note({"none": "no mask", "ones": "a mask of ones"}.get(form, f"padding: {form}"), name, path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_drop_is_stock_on_valid_tokens(name: str, form: str) -> None:
+    stock, patched = pair(name, padding="drop")
+    mask = mask_of(form)
+    call = call_of(name, mask)
+    ours, theirs = patched(**call), stock(**call)
+    unlike: set[str] = set()
+    if form not in ("none", "ones") and reads_all(name):
+        unlike.add("loss")
+    if form in ("left", "empty row") and reads_first(name):
+        unlike |= {"loss", "logits", "seq_relationship_logits", "pooler_output"}
+    path = "packed"
+    if name.startswith("MPNet") and form == "holes":
+        path = "rectangle"
+    assert all(v.isfinite().all() for v in visible(ours, mask).values())
+    agree = [{k: v for k, v in visible(o, mask).items() if k not in unlike} for o in (ours, theirs)]
+    assert_same(*agree)
+    if agree[1]:
+        found = [gradients(m, o, mask, without=tuple(unlike)) for m, o in ((patched, ours), (stock, theirs))]
+        assert_same(*found, 10 * TOLERANCE)
+    assert ran(patched) == {path: 1}
+    if form == "left":
+        note("padding: left, dropped", name, path)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_arguments_of_base_models(name: str) -> None:
+    """Positions, types, embeddings of words given as tensors, tuples instead of outputs, other dtypes of ids."""
+    stock, patched = pair(name)
+    mask = mask_of("right")
+    call = call_of(name, mask)
+    others: list[dict[str, Any]] = [
+        {"return_dict": False},
+        {"input_ids": call["input_ids"].int(), "attention_mask": mask.bool()},
+        {"input_ids": None, "inputs_embeds": stock.get_input_embeddings()(call["input_ids"]).detach()},
+    ]
+    if "position_ids" in parameters_of(type(stock)):
+        others += [{"position_ids": torch.randint(0, 40, shape)} for shape in ((BATCH, SEQ_LEN), (1, SEQ_LEN))]
+    if "token_type_ids" in call:
+        others.append({"token_type_ids": None})
+    for other in others:
+        arguments = {k: v for k, v in (call | other).items() if v is not None}
+        ours, theirs = patched(**arguments), stock(**arguments)
+        assert type(ours) is type(theirs) and len(ours) == len(theirs), other
+        assert_same({"h": ours[0][mask.bool()]}, {"h": theirs[0][mask.bool()]})
+    assert ran(patched) == {"packed": len(others)}, reasons(patched)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_dropout_in_training(name: str) -> None:
+    """Seeded runs repeat, others differ, and what is not dropped is scaled as stock scales it."""
+    rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+    stock, patched = (model.float().train() for model in pair(name, **rates))
+    mask = mask_of("right")
+    call = call_of(name, mask)
+
+    def run(model: nn.Module, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return model(**call)[0][mask.bool()]
+
+    assert torch.equal(run(patched, 1), run(patched, 1)) and not torch.allclose(run(patched, 1), run(patched, 2))
+    n = 300
+    ours, theirs = (torch.stack([run(m, i) for i in range(n)]) for m in (patched, stock))
+    # Means of n draws of two distributions that are the same: five standard errors of the difference, everywhere.
+    error = ((ours.var(0) + theirs.var(0)) / n).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() <= 5 * error + 1e-4).float().mean() > 0.999
+    assert (ours.var(0).mean() / theirs.var(0).mean() - 1).abs() < 0.1
+    assert set(ran(patched)) == {"packed"}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_copies_and_unpatching(name: str) -> None:
+    stock, patched = pair(name)
+    mask = mask_of("right")
+    call = call_of(name, mask)
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert_agree(other, stock, call, mask)
+        assert ran(other) == {"packed": 1}
+        bertfast.unpatch(other)
+        assert [type(m) for m in other.modules()] == [type(m) for m in stock.modules()]
+        assert torch.equal(other(**call)[0], stock(**call)[0])
+
+
+def test_embeddings_of_another_width_and_without_projection() -> None:
+    for size in (48, 64):
+        stock, patched = pair("ElectraForMaskedLM", embedding_size=size)
+        mask = mask_of("right")
+        assert_agree(patched, stock, call_of("ElectraForMaskedLM", mask), mask)
+        assert ran(patched) == {"packed": 1}
+
+
+@pytest.mark.parametrize("summary", ["first", "last", "mean"])
+def test_summaries(summary: str) -> None:
+    stock, patched = pair("ElectraForMultipleChoice", summary_type=summary)
+    mask = mask_of("right")
+    assert_agree(patched, stock, call_of("ElectraForMultipleChoice", mask), mask)
+    assert ran(patched) == {"packed" if summary == "first" else "rectangle": 1}
+
+
+# --- batches that never were padded
+
+
+def flat_call(name: str) -> tuple[dict, PackedBatch, dict, Tensor]:
+    """A padded call, the same as a PackedBatch and as flattened arguments, and the mask."""
+    mask = mask_of("right")
+    call = call_of(name, mask)
+    if head_of(name) == "ForQuestionAnswering":  # the second sequence has one token
+        call |= {"start_positions": torch.tensor([0, 0, 2]), "end_positions": torch.tensor([4, 0, 3])}
+    family = family_of(name)
+    rows = [ids[: int(n)].tolist() for ids, n in zip(call["input_ids"], mask.sum(1), strict=True)]
+    types = call.get("token_type_ids")
+    if types is not None:
+        types = [t[: int(n)].tolist() for t, n in zip(types, mask.sum(1), strict=True)]
+    labels = call.get("labels")
+    by_token = labels is not None and labels.shape == mask.shape
+    if labels is not None:
+        labels = labels[mask.bool()].tolist() if by_token else labels.tolist()
+        labels = [labels[a:b] for a, b in _borders(mask)] if by_token else labels
+    batch = PackedBatch.from_lists(rows, types, labels, token_labels=by_token)
+    others = {k: v for k, v in call.items() if k in ("start_positions", "end_positions", "next_sentence_label")}
+    assert family.pad == call["input_ids"][1, -1]
+    return call, batch, others, mask
+
+
+def _borders(mask: Tensor) -> list[tuple[int, int]]:
+    ends = mask.sum(1).cumsum(0).tolist()
+    return list(zip([0, *ends], ends, strict=False))
+
+
+@pytest.mark.parametrize("way", ["batch", "arguments", "packed batch by name"])
+@pytest.mark.parametrize("name", [n for n in CLASSES if not n.endswith("ForMultipleChoice")])
+def test_batches_that_never_were_padded(name: str, way: str) -> None:
+    """They give what the padded batch gives where padding takes part in nothing."""
+    stock, patched = pair(name)
+    call, batch, others, mask = flat_call(name)
+    if way == "arguments":
+        ours = patched(**batch.flattened(), **others)
+    else:
+        ours = patched(batch, **others) if way == "batch" else patched(input_ids=batch, **others)
+    expected = visible(stock(**call), mask)
+    found = {k: v for k, v in ours.items() if isinstance(v, Tensor)}
+    if reads_all(name):
+        expected["loss"] = _own_loss(name, expected, call, mask)
+    if found["loss" if "loss" in found else "last_hidden_state"].dtype == torch.float32:  # of shifted labels, in stock
+        assert abs(found.pop("loss") - expected.pop("loss")) < 1e-5
+    for key, value in found.items():
+        if value.shape[:2] == (1, batch.packing.tokens):
+            found[key] = value[0]
+        elif value.shape[:2] == mask.shape:
+            found[key] = value[mask.bool()]
+    assert_same(found, expected)
+    torch.manual_seed(2)
+    weights = {k: torch.randn_like(v) for k, v in expected.items()}
+    grads = []
+    for model, seen in ((patched, found), (stock, expected)):
+        model.zero_grad()
+        sum((seen[k] * w).sum() for k, w in weights.items()).backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert_same(*grads, 10 * TOLERANCE)
+    assert ran(patched) == {"packed": 1}
+    if way == "batch":
+        note("batches that never were padded, labels included", name, "packed")
+
+
+def _own_loss(name: str, expected: dict[str, Tensor], call: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """The loss that looks at valid tokens only, from stock's logits."""
+    if head_of(name) == "ForQuestionAnswering":
+        sides = []
+        for side in ("start", "end"):
+            logits = [expected[f"{side}_logits"][a:b] for a, b in _borders(mask)]
+            right = call[f"{side}_positions"].tolist()
+            sides.append(torch.stack([-x.log_softmax(0)[i] for x, i in zip(logits, right, strict=True)]).mean())
+        return sum(sides) / 2
+    losses = []
+    for a, b in _borders(mask):
+        scores = expected["logits"][a:b][:-1].log_softmax(-1)
+        labels = call["labels"][mask.bool()][a + 1 : b]
+        losses.append(-scores.gather(1, labels[:, None]))
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_words_as_vectors_in_one_row(name: str) -> None:
+    """Vectors of words in place of ids, which tell no padding token from others."""
+    if LEGACY and name == "DistilBertModel":
+        pytest.skip("has no position_ids, and computes vectors' positions itself")
+    stock, patched = pair(name)
+    lengths, table = [4, 1, 6], stock.get_input_embeddings()
+    rows = [table(torch.randint(5, 50, (1, n))).detach() for n in lengths]
+    borders = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+    ours = patched(inputs_embeds=torch.cat(rows, 1), cu_seq_lens_q=borders)
+    theirs = [stock(inputs_embeds=row) for row in rows]
+    assert_same({"h": ours[0]}, {"h": torch.cat([t[0] for t in theirs], 1)})
+    if "pooler_output" in ours:
+        assert_same({"p": ours[1]}, {"p": torch.cat([t[1] for t in theirs])})
+    assert ran(patched) == {"packed": 1}
+
+
+def test_question_answering_beyond_the_shorter_sequence() -> None:
+    """In the padding of the rectangle no answer begins, and one that is said to is ignored, as behind the rectangle."""
+    _, patched = pair("BertForQuestionAnswering")
+    _, batch, others, mask = flat_call("BertForQuestionAnswering")
+    logits = patched(batch).start_logits
+    losses = [
+        patched(batch, **{k: v.index_fill(0, torch.tensor([1]), outside) for k, v in others.items()}).loss
+        for outside in (1, 10, 11, 500)
+    ]
+    assert all(torch.equal(loss, losses[0]) for loss in losses) and losses[0].isfinite()
+    assert (logits[mask == 0] == torch.finfo(torch.float64).min).all() and (logits[mask == 1].abs() < 1e6).all()
+
+
+@pytest.mark.skipif(LEGACY, reason="its stock model takes no borders")
+def test_transformers_own_collator() -> None:
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    stock, patched = pair("BertForMaskedLM")
+    call, batch, _, mask = flat_call("BertForMaskedLM")
+    rows = [{"input_ids": i.tolist()} for i in batch.input_ids.split(batch.packing.lengths)]
+    ours = patched(**{k: v for k, v in collator(rows).items() if k != "labels"})
+    theirs = stock(call["input_ids"], attention_mask=mask).logits[mask.bool()]
+    assert_same({"l": ours.logits[0]}, {"l": theirs})
+
+
+BAD_BATCHES: dict[str, Callable[[dict], dict]] = {
+    "keys differ": lambda c: c | {"cu_seq_lens_k": c["cu_seq_lens_q"] + 1},
+    "do not end": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"][:-1], "cu_seq_lens_k": None},
+    "fall": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"][[0, 2, 1, 3]], "cu_seq_lens_k": None},
+    "an empty one": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"][[0, 1, 1, 2, 3]], "cu_seq_lens_k": None},
+    "not integers": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"].float(), "cu_seq_lens_k": None},
+    "a list": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"].tolist(), "cu_seq_lens_k": None},
+    "keys alone": lambda c: c | {"cu_seq_lens_q": None},
+    "two rows": lambda c: c | {"input_ids": c["input_ids"].expand(2, -1), "token_type_ids": None},
+    "a mask": lambda c: c | {"attention_mask": torch.zeros_like(c["input_ids"])},
+    "attentions wanted": lambda c: c | {"output_attentions": True},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_BATCHES)
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_bad_borders_are_refused(name: str, fault: str) -> None:
+    stock, patched = pair(name)
+    call, batch, _, mask = flat_call(name)
+    with pytest.raises(ValueError, match=r"cu_seq_lens|one row"):
+        patched(**BAD_BATCHES[fault](batch.flattened()))
+    assert not seams.calls.frames and not seams.calls.heads
+    assert_agree(patched, stock, call, mask)
+
+
+def test_packed_batches_alone_and_rectangles_for_choices() -> None:
+    _, patched = pair("BertForMaskedLM")
+    _, batch, _, mask = flat_call("BertForMaskedLM")
+    with pytest.raises(ValueError, match="attention_mask given beside a PackedBatch"):
+        patched(batch, attention_mask=mask)
+    with pytest.raises(ValueError, match="an empty sequence"):
+        patched(PackedBatch.from_lists([[1, 2], []]))
+    with pytest.raises(ValueError, match="one row"):
+        patched.bert.encoder.layer[0].attention.self.query.bias = None
+        patched(batch)
+    _, choices = pair("BertForMultipleChoice")
+    with pytest.raises(ValueError, match="multiple choice"):
+        choices(flat_call("BertForTokenClassification")[1])
+
+
+# --- wrong variants: the comparison has to catch each of them, in every family
+
+
+def _wrong_scale(m: pytest.MonkeyPatch) -> None:
+    right, biased = seams.varlen_attention, seams.biased_attention
+    m.setattr(seams, "varlen_attention", lambda *a, **k: right(*a, **{**k, "scale": k["scale"] * 1.05}))
+    m.setattr(seams, "biased_attention", lambda *a, **k: biased(*a, **{**k, "scale": k["scale"] * 1.05}))
+
+
+def _tanh_gelu(m: pytest.MonkeyPatch) -> None:
+    right = seams.encoder_layer
+    m.setattr(seams, "encoder_layer", lambda x, a, p, s, k: right(x, a, p, s._replace(activation="gelu_tanh"), k))
+
+
+def _ignored_mask(m: pytest.MonkeyPatch) -> None:
+    right, biased = seams.varlen_attention, seams.biased_attention
+    whole = lambda c: torch.stack((c[0], c[-1]))  # noqa: E731
+    m.setattr(
+        seams,
+        "varlen_attention",
+        lambda q, cu_seqlens, max_seqlen, order, **k: right(q, whole(cu_seqlens), max_seqlen=len(q), **k),
+    )
+    padded = lambda b, n: torch.nn.functional.pad(b, (0, n - b.shape[-1], 0, n - b.shape[-1]))  # noqa: E731
+    m.setattr(seams, "biased_attention", lambda q, lengths, bias, **k: biased(q, (len(q),), padded(bias, len(q)), **k))
+
+
+def _no_residual(m: pytest.MonkeyPatch) -> None:
+    right = layer.residual_layer_norm
+    m.setattr(layer, "residual_layer_norm", lambda x, r, *a, **k: right(x, torch.zeros_like(r), *a, **k))
+
+
+def _wrong_positions(m: pytest.MonkeyPatch) -> None:
+    right, counts = Packing.position_ids, Packing.running_counts
+    m.setattr(Packing, "position_ids", lambda self: right(self).roll(1))
+    m.setattr(Packing, "running_counts", lambda self, counted: counts(self, counted).roll(1))
+
+
+def _padding_row_learns(m: pytest.MonkeyPatch) -> None:
+    right = seams.embed_layer_norm
+    m.setattr(seams, "embed_layer_norm", lambda *a, padding_idx, **k: right(*a, **k))
+
+
+def _stale_weights(m: pytest.MonkeyPatch) -> None:
+    right, first = seams.encoder_layer, {}
+
+    def stale(x: Tensor, attend: Callable, parameters: Any, *rest: Any) -> Tensor:
+        kept = first.setdefault(parameters.up_weight.data_ptr(), parameters.up_weight.detach() * 1.001)
+        return right(x, attend, parameters._replace(up_weight=kept), *rest)
+
+    m.setattr(seams, "encoder_layer", stale)
+
+
+WRONG = (_wrong_scale, _tanh_gelu, _ignored_mask, _no_residual, _wrong_positions, _padding_row_learns, _stale_weights)
+
+
+@pytest.mark.parametrize("break_it", WRONG, ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize("name", BASES)
+def test_wrong_variants_are_caught(name: str, break_it: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, patched = pair(name)
+    mask = mask_of("right")
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_agree(patched, stock, call_of(name, mask), mask)
+
+
+@pytest.mark.parametrize("name", [f.classes[0] for f in FAMILIES.values() if f.pad == 1])
+def test_a_padding_row_of_positions_that_learns_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, patched = pair(name)
+    right = seams.embed_layer_norm
+    monkeypatch.setattr(seams, "embed_layer_norm", lambda *a, position_padding_idx, **k: right(*a, **k))
+    with pytest.raises(AssertionError, match="position_embeddings"):
+        assert_agree(patched, stock, call_of(name, None), None)
+
+
+def test_a_bias_that_is_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, patched = pair("MPNetModel")
+    mask = mask_of("right")
+    right = seams.biased_attention
+    monkeypatch.setattr(seams, "biased_attention", lambda q, lengths, bias, **k: right(q, lengths, bias * 0, **k))
+    with pytest.raises(AssertionError):
+        assert_agree(patched, stock, call_of("MPNetModel", mask), mask)
+
+
+# --- one more family
+
+
+@pytest.fixture
+def own_architecture() -> Iterator[ModuleType]:
+    """Somebody's own copy of BERT's source under other names, which patch does not know."""
+    source = importlib.import_module("transformers.models.bert.modeling_bert")
+    own = ModuleType("own_bert")
+    rename = {f"Bert{part}": f"Own{part}" for part in ("Model", "Embeddings", "Encoder", "Layer")}
+    for name, value in vars(source).items():
+        if isinstance(value, type) and name.startswith("Bert"):
+            setattr(own, name, value)
+    for name, renamed in rename.items():
+        kind = type(renamed, (getattr(source, name),), {"__module__": "own_bert"})
+        setattr(own, renamed, kind)
+    sys.modules["own_bert"] = own
+    before = bertfast.families()
+    yield own
+    del sys.modules["own_bert"]
+    architectures._FAMILIES[:] = before
+    bertfast.register_family(architectures.BERT)
+
+
+def test_register_family(own_architecture: ModuleType) -> None:
+    stock = build("BertModel")
+    for module in stock.modules():
+        own = getattr(own_architecture, type(module).__name__.replace("Bert", "Own"), None)
+        if own is not None:
+            module.__class__ = own
+    with pytest.raises(bertfast.UnsupportedModelError, match="BertModel, RobertaModel"):
+        patch(copy.deepcopy(stock))
+    bert = architectures.BERT
+    changed = {name: getattr(bert, name).replace("Bert", "Own") for name in ("model", "embeddings", "encoder", "layer")}
+    kinds = {**bert.__dict__, **changed, "name": "own", "module": "own_bert", "heads": {}}
+    containers = {path: tuple(f"{bert.module}.{name}" for name in names) for path, names in bert.containers.items()}
+    setattr(own_architecture, bert.encoder_output, getattr(importlib.import_module(bert.module), bert.encoder_output))
+    family = bertfast.Family(**(kinds | {"containers": containers}))
+    bertfast.register_family(family)
+    assert family in bertfast.families()
+    patched = patch(copy.deepcopy(stock))
+    mask = mask_of("right")
+    assert_agree(patched, stock, call_of("BertModel", mask), mask)
+    assert ran(patched) == {"packed": 1}
+    assert pickle.loads(pickle.dumps(family)) is family
+    architectures._FAMILIES.remove(family)
+    with pytest.raises(bertfast.UnsupportedModelError, match="register_family"):
+        copy.deepcopy(patched)

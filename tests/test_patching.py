@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import TOLERANCE, assert_agree, assert_same, exact_path, gradients, pair, ran, reasons, visible
 from small_models import SETTINGS, draw_weights, make_mask
 from torch import Tensor, nn
 
@@ -20,24 +21,10 @@ from bertfast.patching import explain, patch, unpatch
 
 transformers = pytest.importorskip("transformers")
 
-LEGACY = int(transformers.__version__.partition(".")[0]) < 5
-HEADS = (
-    "BertModel",
-    "BertForMaskedLM",
-    "BertLMHeadModel",
-    "BertForPreTraining",
-    "BertForNextSentencePrediction",
-    "BertForSequenceClassification",
-    "BertForMultipleChoice",
-    "BertForTokenClassification",
-    "BertForQuestionAnswering",
-)
-POOLED = HEADS[:1] + HEADS[3:7]  # those whose base model has a pooler
-TOKEN_LABELS = ("BertForMaskedLM", "BertLMHeadModel", "BertForPreTraining", "BertForTokenClassification")
-READ_PADDING = ("BertLMHeadModel", "BertForQuestionAnswering")
+from stock_models import LEGACY, build, call_of, mask_of  # noqa: E402
+
 NEW_ONLY = pytest.mark.skipif(LEGACY, reason="transformers 4 has no such thing")
 OLD_ONLY = pytest.mark.skipif(not LEGACY, reason="transformers 5 has no such thing any more")
-TOLERANCE = 1e-11  # float64 rounding through two layers of large weights stays below 1e-13
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,140 +34,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def build(name: str = "BertModel", attention: str = "sdpa", dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
-    """A stock model, small, with large weights, in eval mode."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**{**SETTINGS, "attn_implementation": attention, **settings})
-    model = getattr(transformers, name)(config)
-    draw_weights(model)
-    return model.to(dtype).eval()
-
-
-def pair(name: str = "BertModel", *, padding: str = "exact", **settings: Any) -> tuple[Any, Any]:
-    """A stock model and its patched copy."""
-    stock = build(name, **settings)
-    return stock, patch(copy.deepcopy(stock), padding=padding)
-
-
-def mask_of(form: str) -> Tensor | None:
-    return torch.ones(3, 11, dtype=torch.int64) if form == "ones" else make_mask(form)
-
-
-def call_of(name: str, mask: Tensor | None) -> dict[str, Tensor]:
-    """A call with labels, none of them on padding."""
-    torch.manual_seed(1)
-    batch, seq_len = 3, 11
-    ids = torch.randint(0, SETTINGS["vocab_size"], (batch, seq_len)).index_fill(1, torch.tensor([4]), 0)
-    types = torch.randint(0, 2, (batch, seq_len))
-    call = {"input_ids": ids, "token_type_ids": types}
-    if mask is not None:
-        call["attention_mask"] = mask
-    if name == "BertForMultipleChoice":  # the batch holds one choice of three
-        call = {k: v[None] for k, v in call.items()}
-    if name in TOKEN_LABELS:
-        labels = torch.randint(0, 2, (batch, seq_len))
-        call["labels"] = labels if mask is None else labels.masked_fill(mask == 0, -100)
-    if name == "BertForPreTraining":
-        call["next_sentence_label"] = torch.tensor([0, 1, 1])
-    if name in ("BertForNextSentencePrediction", "BertForSequenceClassification"):
-        call["labels"] = torch.tensor([0, 1, 1])
-    if name == "BertForMultipleChoice":
-        call["labels"] = torch.tensor([1])
-    if name == "BertForQuestionAnswering":
-        call["start_positions"] = call["end_positions"] = torch.tensor([0, 3, 2])
-    return call
-
-
-def visible(output: Any, mask: Tensor | None, *, everything: bool = False) -> dict[str, Tensor]:
-    """The tensors of an output that have to agree: those of tokens at valid positions only, unless `everything`."""
-    found = {}
-    for key, value in output.items():
-        if isinstance(value, Tensor):
-            by_token = mask is not None and value.shape[:2] == mask.shape
-            found[key] = value[mask.bool()] if by_token and not everything else value
-    return found
-
-
-def gradients(
-    model: nn.Module, output: Any, mask: Tensor | None, *, without: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """Gradients of every parameter for a random combination of all that is visible."""
-    torch.manual_seed(2)
-    seen = visible(output, mask)
-    total = sum((v * torch.randn_like(v)).sum() for k, v in seen.items() if k not in without)
-    model.zero_grad()
-    total.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert actual[key].dtype == value.dtype and actual[key].shape == value.shape, key
-        error = (actual[key] - value).abs().max().item() if value.numel() else 0.0
-        assert error <= tolerance * max(1.0, value.abs().max().item() if value.numel() else 1.0), f"{key}: {error:.3g}"
-
-
-def assert_agree(patched: nn.Module, stock: nn.Module, call: dict, mask: Tensor | None, **how: Any) -> None:
-    """Outputs and gradients of every parameter agree."""
-    ours, theirs = patched(**call), stock(**call)
-    assert type(ours) is type(theirs)
-    assert_same(visible(ours, mask, **how), visible(theirs, mask, **how))
-    ours, theirs = gradients(patched, ours, mask), gradients(stock, theirs, mask)
-    assert len(theirs) >= len(list(stock.parameters())) - 2  # the pooler's, where nothing uses it
-    assert_same(ours, theirs, 10 * TOLERANCE)
-
-
-def ran(model: nn.Module) -> dict[str, int]:
-    """How often each path ran, without those that did not."""
-    return {kind: n for kind, n in explain(model).backbones[0].calls.items() if n}
-
-
-def reasons(model: nn.Module) -> str:
-    return "; ".join(explain(model).backbones[0].reasons)
-
-
-def exact_path(name: str, form: str) -> str:
-    """What padding="exact" promises to run."""
-    if form in ("none", "ones"):
-        return "packed"
-    if form == "empty row" or name in READ_PADDING or (form == "left" and name in POOLED):
-        return "rectangle"
-    return "packed"
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("form", ["none", "ones", "right", "left", "holes", "empty row"])
-def test_exact_is_stock(name: str, form: str, attention: str) -> None:
-    stock, patched = pair(name, attention=attention)
-    mask = mask_of(form)
-    path = exact_path(name, form)
-    assert_agree(patched, stock, call_of(name, mask), mask, everything=path == "rectangle")
-    assert ran(patched) == {path: 1}
-
-
-@pytest.mark.parametrize("form", ["none", "right", "left", "holes", "empty row"])
-@pytest.mark.parametrize("name", HEADS)
-def test_drop_is_stock_on_valid_tokens(name: str, form: str) -> None:
-    stock, patched = pair(name, padding="drop")
-    mask = mask_of(form)
-    call = call_of(name, mask)
-    ours, theirs = patched(**call), stock(**call)
-    unlike: set[str] = set()
-    if form != "none" and name in READ_PADDING:
-        unlike.add("loss")
-    if form in ("left", "empty row") and name in POOLED:
-        unlike |= {"loss", "logits", "seq_relationship_logits", "pooler_output"}
-    assert all(v.isfinite().all() for v in visible(ours, mask).values())
-    agree = [{k: v for k, v in visible(o, mask).items() if k not in unlike} for o in (ours, theirs)]
-    assert_same(*agree)
-    if agree[1]:
-        found = [gradients(m, o, mask, without=tuple(unlike)) for m, o in ((patched, ours), (stock, theirs))]
-        assert_same(*found, 10 * TOLERANCE)
-    assert ran(patched) == {"packed": 1}
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining", "BertForTokenClassification"])
@@ -783,9 +636,9 @@ def test_models_without_a_bert_are_refused() -> None:
         patch(nn.Linear(2, 2))
     with pytest.raises(bertfast.UnsupportedModelError, match="dict"):
         patch({})
-    config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1, hidden_dim=8)
-    with pytest.raises(bertfast.UnsupportedModelError, match="DistilBertModel"):
-        patch(nn.Sequential(transformers.DistilBertModel(config)))
+    config = transformers.AlbertConfig(vocab_size=9, hidden_size=8, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(bertfast.UnsupportedModelError, match="AlbertModel"):
+        patch(nn.Sequential(transformers.AlbertModel(config)))
 
     class Derived(transformers.BertModel):
         pass

@@ -20,6 +20,7 @@ def embed_layer_norm(
     eps: float = 1e-12,
     *,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -30,7 +31,8 @@ def embed_layer_norm(
         word, position, token_type: the tables, (vocabulary | positions | types, hidden), one dtype and device.
         weight, bias: (hidden,) of the norm, same dtype.
         eps: added to the variance.
-        padding_idx: the row of `word` that gets no gradient, as in torch.nn.Embedding; None where all rows do.
+        padding_idx, position_padding_idx: the row of `word`, and of `position`, that gets no gradient, as in
+            torch.nn.Embedding; None where all rows do.
         dropout_p, seed: as in `residual_layer_norm`.
 
     Returns (tokens, hidden) in the tables' dtype; the sum and the statistics are float32. Raises IndexError that
@@ -59,7 +61,8 @@ def embed_layer_norm(
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, word.device)
     ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type, weight, bias)
     if registry.seen(*tables, input_ids):
-        return _op(*ids, *tables, eps, -1 if padding_idx is None else padding_idx, dropout_p, seed)[0]
+        untrained = [-1 if i is None else i for i in (padding_idx, position_padding_idx)]
+        return _op(*ids, *tables, eps, *untrained, dropout_p, seed)[0]
     forward, _ = backend.implementation("embed_layer_norm", word, word.shape[1])
     return forward(ids, tables, eps, dropout_p, seed, False)[0]
 
@@ -148,7 +151,7 @@ backend.register("embed_layer_norm", "reference", (_reference_forward, _referenc
 
 
 def _run(*arguments):
-    ids, tables, (eps, _, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
+    ids, tables, (eps, _, _, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
     forward, _ = backend.implementation("embed_layer_norm", tables[0], tables[0].shape[1])
     return forward(ids, tables, eps, dropout_p, seed, True)
 
@@ -159,11 +162,12 @@ def _fake(input_ids, position_ids, token_type_ids, word, *rest):
 
 
 def _run_backward(dout, *arguments):
-    ids, tables, (mean, rstd, eps, padding_idx, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
+    ids, tables, (mean, rstd, eps, *untrained, dropout_p, seed) = arguments[:3], arguments[3:8], arguments[8:]
     _, backward = backend.implementation("embed_layer_norm", tables[0], tables[0].shape[1])
     gradients = backward(dout, ids, tables, mean, rstd, eps, dropout_p, seed)
-    if padding_idx >= 0:
-        gradients[0][padding_idx].zero_()
+    for gradient, row in zip(gradients, untrained, strict=False):
+        if row >= 0:
+            gradient[row].zero_()
     return tuple(gradients)
 
 
@@ -172,7 +176,7 @@ def _fake_backward(dout, input_ids, position_ids, token_type_ids, *tensors_and_r
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed = inputs
+    *tensors, ctx.eps, ctx.padding_idx, ctx.position_padding_idx, ctx.dropout_p, seed = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*tensors, mean, rstd, seed)
@@ -180,15 +184,16 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dout, dmean, drstd):
     *saved, seed = ctx.saved_tensors
-    gradients = _op_backward(dout, *saved, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed)
-    return None, None, None, *gradients, None, None, None, None
+    settings = ctx.eps, ctx.padding_idx, ctx.position_padding_idx, ctx.dropout_p
+    gradients = _op_backward(dout, *saved, *settings, seed)
+    return None, None, None, *gradients, None, None, None, None, None
 
 
 _INPUTS = (
     "Tensor input_ids, Tensor position_ids, Tensor? token_type_ids,"
     " Tensor word, Tensor position, Tensor token_type, Tensor weight, Tensor bias"
 )
-_SETTINGS = "float eps, int padding_idx, float dropout_p, Tensor? seed"
+_SETTINGS = "float eps, int padding_idx, int position_padding_idx, float dropout_p, Tensor? seed"
 _op_backward = registry.define(
     f"embed_layer_norm_backward(Tensor dout, {_INPUTS}, Tensor mean, Tensor rstd, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
