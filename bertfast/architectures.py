@@ -37,7 +37,7 @@ class Family:
     layer_places: from the layer, the paths of the query, key and value, attention dense, up and down `nn.Linear`, of
         the two `nn.LayerNorm` and of the `nn.Dropout` on the probabilities, after the attention (where there is one)
         and after the feed-forward. embedding_places: the same for the embeddings; token types where there are any.
-    containers: the classes that may stand on these paths, for both; a name with dots is of another module.
+    containers: the classes that may stand on these paths, for both.
     self_attention: path of the container that knows the number of heads, as its attribute `head_count`.
     activation: path of the activation, a module or a function.
     encoder_place, pooler: attributes of the base model; pooler is None where there is none in any version.
@@ -68,10 +68,6 @@ class Family:
     layer_tail: tuple = (None,)
     positions: Literal["columns", "running"] = "columns"
     position_bias: str | None = None
-
-    def containers_of(self, path: str) -> tuple[str, ...]:
-        """The full names of the classes that may stand on this path."""
-        return tuple(name if "." in name else f"{self.module}.{name}" for name in self.containers[path])
 
     def __str__(self) -> str:
         return f"{self.name}: {self.model} of {self.module}, {', '.join(self.heads)}"

@@ -92,7 +92,8 @@ class Structure:
                 above, here = ".".join(parents[: depth - 1]), ".".join(parents[:depth])
                 if here not in self.containers:
                     module = self._link(self.containers[above], parent, here)
-                    if f"{type(module).__module__}.{type(module).__qualname__}" not in family.containers_of(here):
+                    kind = type(module)
+                    if kind.__module__ != family.module or kind.__qualname__ not in family.containers[here]:
                         raise LookupError(f"{here} is a {_class_name(module)}")
                     self.containers[here] = module
             module = self._link(self.containers[".".join(parents)], name, path)

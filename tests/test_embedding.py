@@ -187,9 +187,12 @@ def test_the_padding_token_is_not_trained(implementation):
     ids, tables = make_ids(9), [t.requires_grad_() for t in make_tables(24, torch.float32)]
     dout = torch.randn(9, 24)
     every = torch.autograd.grad(embed_layer_norm(*ids, *tables), tables, dout)
-    kept = torch.autograd.grad(embed_layer_norm(*ids, *tables, padding_idx=3), tables, dout)
-    assert every[0][3].abs().sum() > 0 and kept[0][3].abs().sum() == 0
-    every[0][3] = 0
+    position = int(ids[1][2])
+    untrained = {"padding_idx": 3, "position_padding_idx": position}
+    kept = torch.autograd.grad(embed_layer_norm(*ids, *tables, **untrained), tables, dout)
+    for gradient, less, row in zip(every, kept, (3, position), strict=False):
+        assert gradient[row].abs().sum() > 0 and less[row].abs().sum() == 0
+        gradient[row] = 0
     assert all(torch.equal(a, b) for a, b in zip(every, kept, strict=True))
 
 
@@ -207,8 +210,8 @@ def test_same_bits_whatever_the_threads(native_implementation):
 
 def test_opcheck(implementation):
     ids, tables = make_ids(6), [t.requires_grad_() for t in make_tables(24, torch.float32)]
-    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids, *tables, EPS, -1, 0.0, None))
-    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids[:2], None, *tables, EPS, 3, 0.2, torch.tensor([1])))
+    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids, *tables, EPS, -1, -1, 0.0, None))
+    opcheck(torch.ops.bertfast.embed_layer_norm, (*ids[:2], None, *tables, EPS, 3, 1, 0.2, torch.tensor([1])))
 
 
 def test_gradients_of_the_reference():

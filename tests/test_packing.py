@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from bertfast import PackedBatch, Packing, PackingCollator
+from bertfast import FlatteningCollator, PackedBatch, Packing, PackingCollator
+from bertfast.packing import has_holes
 
 
 def test_packs_valid_tokens_in_order_and_pads_them_back(mask):
@@ -49,6 +50,33 @@ def test_lengths_and_right_padded_mask_say_the_same(lengths):
     assert torch.equal(a.cu_seqlens, b.cu_seqlens) and torch.equal(a.position_ids(), b.position_ids())
     tokens = torch.arange(a.tokens)
     assert torch.equal(a.pad(tokens), b.pad(tokens)) and a.pad(tokens).shape == (len(lengths), longest)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 2], [4, 4], [5], [2, 0, 1], []])
+def test_all_tokens_in_one_row(lengths):
+    packing = Packing.from_lengths(lengths)
+    flat = packing.flat()
+    assert (flat.batch, flat.seq_len, flat.lengths) == (1, sum(lengths), packing.lengths)
+    assert flat.is_flat is (len(lengths) != 1) and not packing.is_flat
+    row = torch.randn(1, sum(lengths), 3)
+    assert torch.equal(flat.pack(row), row[0]) and torch.equal(flat.pad(row[0]), row)
+    assert torch.equal(flat.position_ids(), packing.position_ids())
+    counted = torch.rand(1, sum(lengths)) < 0.6
+    parts = [c.cumsum(0) * c for c in counted[0].split(lengths)]
+    assert torch.equal(flat.running_counts(counted), torch.cat(parts or [counted[0].long()]))
+
+
+def test_running_counts_of_a_rectangle_count_padding_too():
+    packing = Packing.from_mask(torch.tensor([[0, 1, 1, 1], [1, 0, 1, 0]]))
+    counted = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 0]]).bool()
+    assert packing.running_counts(counted).tolist() == [2, 0, 3, 1, 3]
+
+
+def test_holes():
+    whole = [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
+    assert not has_holes(torch.tensor(whole)) and not has_holes(torch.tensor(whole).bool())
+    for row in ([1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 1]):
+        assert has_holes(torch.tensor([*whole, row]).float())
 
 
 def test_gradients_go_there_and_back():
@@ -122,6 +150,24 @@ def test_the_collator_in_a_data_loader():
     (batch,) = DataLoader(features, batch_size=2, collate_fn=PackingCollator())
     assert batch.input_ids.tolist() == [1, 2, 3, 4] and batch.packing.lengths == (3, 1)
     assert batch.token_type_ids.tolist() == [0, 0, 1, 0] and batch.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("token_labels", [False, True])
+def test_flattened_batches(token_labels):
+    features = [{"input_ids": [5, 6], "token_type_ids": [0, 1]}, {"input_ids": [7], "token_type_ids": [1]}]
+    for feature, label in zip(features, ([3, -100], [4]) if token_labels else (0, 1), strict=True):
+        feature["label"] = label
+    found = FlatteningCollator(token_labels)(features)
+    lists = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+    assert lists == {
+        "input_ids": [[5, 6, 7]],
+        "token_type_ids": [[0, 1, 1]],
+        "labels": [[3, -100, 4]] if token_labels else [0, 1],
+        "cu_seq_lens_q": [0, 2, 3],
+        "cu_seq_lens_k": [0, 2, 3],
+        "max_length_q": 2,
+        "max_length_k": 2,
+    }
 
 
 def test_features_that_are_refused():

@@ -13,6 +13,7 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 # Workloads that are points of the plots' curves, and rows of no table but the one of everything.
 CURVES = frozenset(name for series in SERIES.values() for name in series.values())
 OURS, UNPACKED, BASELINE = "bertfast", "bertfast-unpacked-weights", "hf-sdpa"
+ALONE = "bertfast-native"  # what a patched call would cost without transformers around it
 
 
 def key(line: Line) -> Key:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.report import words
 from benchmarks.report.cells import NOTHING, Cell, comparable, median, missing, speedup, why
-from benchmarks.report.lines import BASELINE, CURVES, OURS, PRECISIONS, UNPACKED, Line, Lines, machine, measured
+from benchmarks.report.lines import ALONE, BASELINE, CURVES, OURS, PRECISIONS, UNPACKED, Line, Lines, machine, measured
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,31 @@ def training(lines: Lines) -> list[Table]:
     for peer in others(tabled(lines, benchmark="training")):
         columns[peer] = lambda row, peer=peer: speedup(row.by_peer.get(peer))
     return against_stock(lines, "training", caption, columns)
+
+
+def overhead(lines: Lines) -> list[Table]:
+    """What a call of a patched model costs beyond the encoder alone, and patching itself."""
+    columns = {
+        "workload": workload,
+        "the encoder alone": lambda row: median(row.by_peer.get(ALONE)),
+        "patched": our_time,
+        "more": lambda row: Cell(f"{1e6 * row.ours['overhead_s']:.0f} µs", row.ours["overhead_s"]),
+        "of it": lambda row: Cell(f"{100 * row.ours['overhead']['value']:.1f} %", row.ours["overhead"]["value"]),
+        "`patch`": lambda row: Cell(words.duration(row.ours["patch_s"]), row.ours["patch_s"]),
+    }
+    tables = []
+    for device in lines.devices(benchmark="overhead"):
+        where = setting(lines, tabled(lines, benchmark="overhead", device=device), device)
+        caption = (
+            f"A patched model's call, and the same encoder without transformers on a batch without padding, {where}, "
+            "in float32. What it takes more is the median over interleaved rounds; `patch` is the time to patch."
+        )
+        cells = [
+            tuple(column(row) for column in columns.values())
+            for row in rows(lines, benchmark="overhead", device=device)
+        ]
+        tables.append(Table(f"{device.upper()}, overhead", caption, tuple(columns), cells))
+    return tables
 
 
 def against_stock(lines: Lines, benchmark: str, caption: str, columns: dict[str, Callable[[Row], Cell]]) -> list[Table]:
