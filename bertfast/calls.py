@@ -2,17 +2,41 @@
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from bertfast.architectures import Family, Reads
-from bertfast.eligibility import EmbeddingStructure, LayerStructure, Refusal, Structure
+from bertfast.eligibility import (
+    EmbeddingReading,
+    EmbeddingStructure,
+    LayerReading,
+    LayerStructure,
+    Refusal,
+    Structure,
+)
+from bertfast.guard import Guard
 from bertfast.layer import LayerPacks
 from bertfast.packing import Packing
 
 STATE = "_bertfast"  # the only attribute that patching adds to a module
+
+
+class Snapshot(NamedTuple):
+    """What a base model's parts were found to be, see `bertfast.snapshot`, and the facts that this rests on."""
+
+    guard: Guard
+    encoder: nn.Module
+    layers: Mapping[nn.Module, LayerReading]
+    embeddings: nn.Module
+    embedding_reading: EmbeddingReading
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight of the first layer, of which all are the same kind."""
+        return next(iter(self.layers.values())).parameters.up_weight
 
 
 @dataclass
@@ -32,9 +56,11 @@ class BackboneState:
     calls: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
     structure: EmbeddingStructure | None = None
+    snapshot: Snapshot | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "calls": Counter(), "reasons": Counter(), "structure": None}
+        empty = {"calls": Counter(), "reasons": Counter(), "structure": None, "snapshot": None}
+        return {**self.__dict__, **empty}
 
 
 @dataclass
@@ -63,11 +89,13 @@ class Ticket:
     """Goes to a layer in the mask's place: the tokens are packed like this; the mask is what stock code would take.
 
     bias: what is added to the attention scores of a sequence, (1, heads, max_seqlen, max_seqlen), if anything.
+    snapshot: of the base model at the call's beginning, where there is one.
     """
 
     packing: Packing
     mask: Tensor | None
     bias: Tensor | None = None
+    snapshot: Snapshot | None = None
 
 
 class HeadCall(NamedTuple):
@@ -82,7 +110,7 @@ class HeadCall(NamedTuple):
 class Frame:
     """One call of a base model, or of an encoder alone. packing is None where the call runs on the rectangle."""
 
-    __slots__ = ("encoder", "fused", "model", "packing", "reasons", "rectangle")
+    __slots__ = ("encoder", "fused", "model", "packing", "reasons", "rectangle", "snapshot")
 
     def __init__(self, model: nn.Module | None, encoder: nn.Module) -> None:
         self.model = model
@@ -91,6 +119,7 @@ class Frame:
         self.rectangle: str | None = None  # why the call is not packed
         self.reasons: set[str] = set()  # why parts of the call ran stock code
         self.fused = False
+        self.snapshot: Snapshot | None = None  # of the base model, where it holds
 
 
 class _Calls(threading.local):

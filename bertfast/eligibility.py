@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bertfast import backend
 from bertfast.architectures import KINDS, Family, activation_of
+from bertfast.guard import Guard
 from bertfast.layer import LayerParameters, LayerSettings
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -66,6 +67,18 @@ def global_hooks() -> bool:
         or m._global_backward_hooks
         or m._global_backward_pre_hooks
     )
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def watch_module(guard: Guard, module: nn.Module) -> None:
+    """Note that the module is of its class, with no hook and no forward of its own."""
+    guard.type(module)
+    for hooks in HOOKS:
+        guard.entry(module.__dict__, hooks)
+        guard.empty(module.__dict__[hooks])
+    guard.entry(module.__dict__, "forward")
 
 
 class _Link(NamedTuple):
@@ -128,6 +141,19 @@ class Structure:
             if "forward" in attributes:
                 return Refusal(f"{path} has a forward of its own")
         return None
+
+    def watch(self, guard: Guard) -> None:
+        """Note all that was looked at."""
+        watch_module(guard, self.owner)
+        for siblings, name, module, _, _, _ in self.links:
+            guard.entry(siblings, name)
+            watch_module(guard, module)
+
+
+def _watch_tensors(guard: Guard, sources: list[tuple[dict, str, str]]) -> None:
+    for parameters, name, _ in sources:
+        guard.entry(parameters, name)
+        guard.attribute(parameters[name], "dtype")
 
 
 def _class_name(module: nn.Module) -> str:
@@ -286,6 +312,29 @@ class LayerStructure(Structure):
             return Refusal("a dropout of everything")
         return super().refusal()
 
+    def watch(self, guard: Guard) -> None:
+        """Note all that `refusal` and `read` looked at."""
+        super().watch(guard)
+        for attributes, name, _ in self._switches:
+            guard.entry(attributes, name)
+        attention = self._self_attention.__dict__
+        for name in ("position_embedding_type", "dropout_prob", "scaling", "attention_head_size", "config"):
+            guard.entry(attention, name)
+        guard.entry(attention, self._head_count)
+        owner = self._activation_owner
+        guard.entry(owner._modules, self._activation)
+        guard.entry(owner.__dict__, self._activation)
+        if (activation := owner._modules.get(self._activation)) is not None:
+            watch_module(guard, activation)
+        for norm in self._norms:
+            guard.entry(norm.__dict__, "eps")
+        for dropout in (self._attention_dropout, *self._hidden_dropouts):
+            if dropout is not None:
+                guard.entry(dropout.__dict__, "p")
+        for attributes in (self.owner.__dict__, *self._training):
+            guard.entry(attributes, "training")
+        _watch_tensors(guard, self._sources)
+
 
 def refuse_config(config: Any) -> Refusal | None:
     """What a configuration asks for that only stock code does; nothing if it is None."""
@@ -311,7 +360,7 @@ def refuse_keywords(arguments: dict[str, object]) -> Refusal | None:
 class EmbeddingReading(NamedTuple):
     """What one call of the embeddings needs."""
 
-    tensors: tuple[Tensor, ...]  # the three tables, the norm's weight and bias
+    tensors: tuple[Tensor | None, ...]  # three tables, of which types may be none, the norm's weight and bias
     eps: float
     dropout: float
     padding_idx: int | None
@@ -352,6 +401,18 @@ class EmbeddingStructure(Structure):
         t = _tensors(self._sources, word.dtype, word.device)
         if type(t) is Refusal:
             return t
-        if not types:  # nothing is added for a type: one row of zeros
-            t.insert(2, word.new_zeros(1, word.shape[1]))
+        if not types:
+            t.insert(2, None)
         return EmbeddingReading(tuple(t), self._norm.eps, dropout, words, positions)
+
+    def watch(self, guard: Guard) -> None:
+        """Note all that `read` looked at."""
+        super().watch(guard)
+        guard.entry(self.owner.__dict__, "position_embedding_type")
+        for table in self._tables:
+            for name in ("max_norm", "sparse", "scale_grad_by_freq", "padding_idx"):
+                guard.entry(table.__dict__, name)
+        guard.entry(self._norm.__dict__, "eps")
+        for name in ("p", "training"):
+            guard.entry(self._dropout.__dict__, name)
+        _watch_tensors(guard, self._sources)

@@ -24,6 +24,7 @@ from bertfast.eligibility import (
 )
 from bertfast.packing import Packing, has_holes
 from bertfast.positions import position_ids
+from bertfast.snapshot import take
 
 _IGNORED_LABEL = -100
 # What heads read of a batch in one row: token by token. The others are given a rectangle.
@@ -94,7 +95,7 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     if known is None:
         known = _take_flattened(model, family, arguments)
     flat = known is not None and known.is_flat
-    packing = _plan(model, state, arguments, known)
+    packing = _plan(frame, state, arguments, known)
     if type(packing) is Refusal:
         if flat:
             raise ValueError(f"sequences that stand in one row would mix in stock code, which has to run: {packing}")
@@ -107,7 +108,7 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     # A hook of someone else may want to see the mask as it was given; then stock code expands it for nothing.
     if mask is None or len(model._forward_pre_hooks) > 1 or len(model._forward_hooks) > 1:
         return None
-    small = _small_mask(model, family, mask)
+    small = None if packing.indices is None and not is_legacy(family) else _small_mask(model, family, mask)
     index = tuple(parameters_of(type(model))).index("attention_mask")
     if index < len(args):
         return (*args[:index], small, *args[index + 1 :]), kwargs
@@ -143,11 +144,9 @@ def _small_mask(model: nn.Module, family: Family, mask: Tensor) -> Tensor:
     return torch.where(valid, zero, torch.finfo(dtype).min)
 
 
-def _plan(
-    model: nn.Module, state: BackboneState, arguments: dict[str, Any], known: Packing | None
-) -> Packing | Refusal:
+def _plan(frame: Frame, state: BackboneState, arguments: dict[str, Any], known: Packing | None) -> Packing | Refusal:
     """How the call is packed, or why it runs on the rectangle. known: what the caller said of the batch."""
-    reason = _refuse_call(model, state.family, arguments)
+    reason = _refuse_call(frame, state.family, arguments)
     if reason is not None:
         return reason
     if known is not None:
@@ -164,19 +163,20 @@ def _plan(
         return Packing.full(batch, seq_len, x.device)
     if not isinstance(mask, Tensor) or mask.shape != (batch, seq_len) or mask.device != x.device:
         return Refusal("an attention mask that is not (batch, seq_len) beside its input")
-    return _pack(state, mask, model)
+    return _pack(state, mask, frame.model)
 
 
-def plan_encoder(encoder: nn.Module, arguments: dict[str, Any]) -> Packing | Refusal:
+def plan_encoder(frame: Frame, arguments: dict[str, Any]) -> Packing | Refusal:
     """How a call of the encoder that came past the base model's hook is packed, or why it runs on the rectangle.
 
     The mask is what stock code has expanded to (batch, 1, queries, keys), or DistilBERT's own in transformers 4.
     """
+    encoder = frame.encoder
     state: BackboneState = encoder.__dict__[STATE]
     arguments = {k: v for k, v in arguments.items() if not _is_empty(v)}
     names = tuple(parameters_of(stock_class(type(encoder))))[:2]
     hidden_states, mask = (arguments.pop(name, None) for name in names)
-    reason = _refuse_arguments(arguments, _config_of(encoder, state)) or _refuse_structure(encoder)
+    reason = _refuse_arguments(arguments, _config_of(encoder, state)) or _refuse_structure(frame)
     if reason is not None:
         return reason
     if hidden_states.dim() != 3 or hidden_states.shape[:2].numel() == 0:
@@ -221,7 +221,8 @@ def _pack(state: BackboneState, mask: Tensor, model: nn.Module | None) -> Packin
     return _refuse_exact(model, state, mask, packing) or packing
 
 
-def _refuse_call(model: nn.Module, family: Family, arguments: dict[str, Any]) -> Refusal | None:
+def _refuse_call(frame: Frame, family: Family, arguments: dict[str, Any]) -> Refusal | None:
+    model = frame.model
     reason = _refuse_arguments(arguments, model.config)
     if reason is not None:
         return reason
@@ -230,7 +231,7 @@ def _refuse_call(model: nn.Module, family: Family, arguments: dict[str, Any]) ->
     encoder, embeddings = model._modules.get(family.encoder_place), model._modules.get("embeddings")
     if encoder is None or embeddings is None or STATE not in encoder.__dict__ or STATE not in embeddings.__dict__:
         return Refusal("the encoder or the embeddings were replaced after patching")
-    return _refuse_structure(encoder)
+    return _refuse_structure(frame)
 
 
 def _refuse_arguments(arguments: dict[str, Any], config: Any) -> Refusal | None:
@@ -245,10 +246,23 @@ def _refuse_arguments(arguments: dict[str, Any], config: Any) -> Refusal | None:
     return refuse_config(config)
 
 
-def _refuse_structure(encoder: nn.Module) -> Refusal | None:
-    """Why the layers cannot be handed packed tokens."""
+def _refuse_structure(frame: Frame) -> Refusal | None:
+    """Why the layers cannot be handed packed tokens; where they can, and nothing has changed, the frame's snapshot."""
     if global_hooks():
         return Refusal("hooks on all modules")
+    encoder = frame.encoder
+    backbone: BackboneState = encoder.__dict__[STATE]
+    snapshot = backbone.snapshot
+    if snapshot is not None and snapshot.encoder is encoder and snapshot.guard.holds():
+        frame.snapshot = snapshot
+        return refuse_kind(snapshot.weight.dtype, snapshot.weight.device)
+    reason = _refuse_layers(encoder)
+    if reason is None and not getattr(encoder, "_is_replica", False):
+        backbone.snapshot = take(backbone, encoder)
+    return reason
+
+
+def _refuse_layers(encoder: nn.Module) -> Refusal | None:
     config = encoder.__dict__.get("config")
     for i, layer in enumerate(encoder.layer):
         d = layer.__dict__

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertfast.architectures import Role, bind, families, is_legacy, parameters_of, returns_tuples, role_of, stock_class
-from bertfast.calls import STATE, Frame, Ticket, calls, count, structure_of
+from bertfast.calls import STATE, Frame, LayerState, Ticket, calls, count, structure_of
 from bertfast.eligibility import (
+    EmbeddingReading,
     EmbeddingStructure,
     LayerReading,
     LayerStructure,
@@ -51,7 +52,7 @@ class EmbeddingsSeam:
                 frame = None
             packing = None if frame is None else frame.packing
             arguments = bind(stock_class(type(self)), args, kwargs)
-            out = _embed(self, packing, arguments)
+            out = _embed(self, frame, arguments)
             if type(out) is not Refusal:
                 return out.view(*arguments["input_ids"].shape, -1) if packing is None else packing.pad(out)
             if frame is not None:
@@ -64,20 +65,23 @@ class EmbeddingsSeam:
 _EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
 
 
-def _embed(module: nn.Module, packing: Packing | None, arguments: dict[str, Any]) -> Tensor | Refusal:
-    """The fused embeddings, (tokens, hidden): of the packed tokens, or of the whole rectangle without a packing."""
+def _embed(module: nn.Module, frame: Frame | None, arguments: dict[str, Any]) -> Tensor | Refusal:
+    """The fused embeddings, (tokens, hidden): of a packed call's tokens, or of the whole rectangle."""
     ids, types, positions = (arguments.get(name) for name in _EMBEDDED)
     if ids is None or any(value is not None and value != 0 for k, value in arguments.items() if k not in _EMBEDDED):
         return Refusal("embeddings: given as a tensor")
     state = module.__dict__[STATE]
-    structure = structure_of(module, state, EmbeddingStructure)
-    reading = structure if type(structure) is Refusal else structure.read()
+    if frame is not None and frame.snapshot is not None and frame.snapshot.embeddings is module:
+        reading: EmbeddingReading | Refusal = frame.snapshot.embedding_reading
+    else:
+        structure = structure_of(module, state, EmbeddingStructure)
+        reading = structure if type(structure) is Refusal else structure.read()
     if type(reading) is Refusal:
         return Refusal(f"embeddings: {reading}")
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         return Refusal("embeddings: input_ids that are not (batch, seq_len) integers")
     batch, seq_len = ids.shape
-    packing = packing or Packing.full(batch, seq_len, ids.device)
+    packing = (frame and frame.packing) or Packing.full(batch, seq_len, ids.device)
     for given in (positions, types):
         if given is not None and (given.dim() != 2 or given.shape[1] != seq_len or given.shape[0] not in (1, batch)):
             return Refusal("embeddings: position_ids or token_type_ids of another shape")
@@ -91,15 +95,18 @@ def _embed(module: nn.Module, packing: Packing | None, arguments: dict[str, Any]
             return Refusal("embeddings: more positions than the model has")
     else:
         positions = packed(positions)
-    if types is not None:
+    word, position, token_type, *norm = reading.tensors
+    if token_type is None:  # nothing is added for a type: one row of zeros
+        types, token_type = None, word.new_zeros(1, word.shape[1])
+    elif types is not None:
         types = packed(types)
-    elif "token_type" in structure.places:
+    else:
         buffer = module._buffers.get("token_type_ids")
         if buffer is None or is_legacy(state.family):
             return Refusal("embeddings: no token_type_ids")
         types = buffer[0].index_select(0, positions)
     return embed_layer_norm(
-        *(packed(ids), positions, types, *reading.tensors, reading.eps),
+        *(packed(ids), positions, types, word, position, token_type, *norm, reading.eps),
         padding_idx=reading.padding_idx,
         position_padding_idx=reading.position_padding_idx,
         dropout_p=reading.dropout,
@@ -118,7 +125,7 @@ class EncoderSeam:
             return _run(self, frames[-1], args, kwargs)
         # Somebody called `forward` of the model, not the model, as sentence-transformers 6 does, or this encoder alone.
         frame = Frame(None, self)
-        plan = plan_encoder(self, bind(stock_class(type(self)), args, kwargs))
+        plan = plan_encoder(frame, bind(stock_class(type(self)), args, kwargs))
         if type(plan) is Refusal:
             frame.rectangle = plan
         else:
@@ -135,14 +142,15 @@ class EncoderSeam:
 
 def _run(encoder: Any, frame: Frame, args: tuple, kwargs: dict) -> Any:
     if frame.packing is not None:
-        output = _run_packed(encoder, frame.packing, bind(stock_class(type(encoder)), args, kwargs))
+        output = _run_packed(encoder, frame, bind(stock_class(type(encoder)), args, kwargs))
     else:
         output = encoder._stock(*args, **kwargs)
     count(encoder.__dict__[STATE], frame)
     return output
 
 
-def _run_packed(encoder: nn.Module, packing: Packing, arguments: dict[str, Any]) -> Any:
+def _run_packed(encoder: nn.Module, frame: Frame, arguments: dict[str, Any]) -> Any:
+    packing: Any = frame.packing
     family, defaults = encoder.__dict__[STATE].family, parameters_of(stock_class(type(encoder)))
     # The first two are the hidden states and the mask, whatever they are called.
     hidden_states, mask = (arguments.get(name) for name in tuple(defaults)[:2])
@@ -153,7 +161,7 @@ def _run_packed(encoder: nn.Module, packing: Packing, arguments: dict[str, Any])
     # The embeddings gave a true rectangle, which hooks, adapters and stock code in between may look at and change.
     # The two copies cost 0.2 % of a forward pass (0.8 ms of 465 on MiniLM, 64 sentences in 128 columns, one core).
     x = packing.pack(hidden_states)
-    ticket = Ticket(packing, mask, bias)
+    ticket = Ticket(packing, mask, bias, frame.snapshot)
     for layer in encoder.layer:
         out = layer(x, ticket)
         x = out[0] if isinstance(out, tuple) else out
@@ -172,6 +180,10 @@ class LayerSeam:
         if ticket is None and traced():
             return super().forward(*args, **kwargs)
         state = self.__dict__[STATE]
+        if ticket is not None and ticket.snapshot is not None:
+            x, reading = args[0], ticket.snapshot.layers.get(self)
+            if reading is not None and x.dtype is reading.parameters.up_weight.dtype:
+                return _fused(self, x, _packed_attention(ticket, reading), reading, not autocast(x))
         if ticket is None:
             # The first two are the hidden states and the mask, whatever they are called.
             others = bind(stock_class(type(self)), args, kwargs)
@@ -193,20 +205,29 @@ class LayerSeam:
                 bias = None if state.family.position_bias is None else others.pop("position_bias", None)
                 attend = refuse_keywords(others) or _rectangle_attention(x, mask, bias, reading, structure.adds_mask)
             reading = attend if type(attend) is Refusal else reading
-        frames = calls.frames
         if type(reading) is Refusal:
-            if frames:
-                frames[-1].reasons.add(f"layer: {reading}")
+            if calls.frames:
+                calls.frames[-1].reasons.add(f"layer: {reading}")
             if ticket is None:
                 return super().forward(*args, **kwargs)
             return _repack(ticket, super().forward, x, reading)
-        if frames:
-            frames[-1].fused = True
         rows = x if ticket is not None else x.reshape(-1, x.shape[-1])
         keep = state.structure is structure and _keeps_weights(self, reading)
-        out = encoder_layer(rows, attend, reading.parameters, reading.settings, state.packs if keep else LayerPacks())
-        out = out if ticket is not None else out.view(x.shape)
-        return (out, *state.family.layer_tail) if returns_tuples(state.family) else out
+        out = _fused(self, rows, attend, reading, keep)
+        return out if ticket is not None else _viewed(out, x.shape)
+
+
+def _fused(layer: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor], reading: LayerReading, keep: bool) -> Any:
+    """What the layer returns for these rows. keep: whether its weights can be recognised in the next call."""
+    if calls.frames:
+        calls.frames[-1].fused = True
+    state: LayerState = layer.__dict__[STATE]
+    out = encoder_layer(x, attend, reading.parameters, reading.settings, state.packs if keep else LayerPacks())
+    return (out, *state.family.layer_tail) if returns_tuples(state.family) else out
+
+
+def _viewed(out: Any, shape: torch.Size) -> Any:
+    return (out[0].view(shape), *out[1:]) if isinstance(out, tuple) else out.view(shape)
 
 
 def _repack(ticket: Ticket, forward: Callable[..., Any], x: Tensor, reason: Refusal) -> Any:
@@ -227,8 +248,12 @@ def _keeps_weights(layer: nn.Module, reading: LayerReading) -> bool:
     Under autocast they are cast anew in every call. FSDP gathers them into the same memory behind autograd's back.
     """
     weight = reading.parameters.up_weight
-    cast = torch.is_autocast_enabled(weight.device.type)
-    return not cast and is_seam(layer) and not hasattr(weight, "_fsdp_flattened")
+    return not autocast(weight) and is_seam(layer) and not hasattr(weight, "_fsdp_flattened")
+
+
+def autocast(x: Tensor) -> bool:
+    """Whether GEMMs convert what they get on this tensor's device."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _packed_attention(ticket: Ticket, reading: LayerReading) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@
 #include "cpu/fingerprint.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "guard.h"
 
 namespace py = pybind11;
 
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("bias_gelu_bwd", gelu_bwd, unlocked());
     module.def("varlen_attention_fwd", attention_fwd, unlocked());
     module.def("varlen_attention_bwd", attention_bwd, unlocked());
+    module.def("holds", holds);
     py::class_<Fingerprint>(module, "Fingerprint")
         .def(py::init<Fingerprint::Tensors>())
         .def("matches", &Fingerprint::matches);

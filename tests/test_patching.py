@@ -213,7 +213,78 @@ def _subclassed_weight(model: nn.Module) -> None:
     dense._parameters["weight"] = Scaled(dense.weight.data)
 
 
+def _equal_eps(model: nn.Module) -> None:
+    for norm in (model.encoder.layer[0].attention.output.LayerNorm, model.encoder.layer[0].output.LayerNorm):
+        norm.eps = 0.5
+
+
+def _another_scale(model: nn.Module) -> None:
+    attention = model.encoder.layer[1].attention.self
+    if LEGACY:  # where the head size is all that there is
+        attention.query.weight.data.mul_(0.5)
+    else:
+        attention.scaling = 0.3
+
+
+def _fewer_heads(model: nn.Module) -> None:
+    attention = model.encoder.layer[0].attention.self
+    attention.num_attention_heads, attention.attention_head_size = 2, 32
+    if not LEGACY:
+        attention.scaling = 32**-0.5
+
+
+def _a_layer_less(model: nn.Module) -> None:
+    del model.encoder.layer[1]
+
+
+def _layers_change_places(model: nn.Module) -> None:
+    first, second = model.encoder.layer
+    model.encoder.layer[0], model.encoder.layer[1] = second, first
+
+
+def _one_layer_twice(model: nn.Module) -> None:
+    model.encoder.layer.append(model.encoder.layer[0])
+    model.config.num_hidden_layers += 1
+
+
+def _other_embeddings(model: nn.Module) -> None:
+    model.embeddings = copy.deepcopy(model.embeddings)
+    with torch.no_grad():
+        model.embeddings.position_embeddings.weight.mul_(2)
+
+
+def _another_parameter(model: nn.Module) -> None:
+    dense = model.encoder.layer[1].output.dense
+    dense.weight = nn.Parameter(dense.weight.detach() * 0.5)
+
+
+def _written_through_data(model: nn.Module) -> None:
+    model.encoder.layer[1].attention.output.dense.weight.data = (
+        model.encoder.layer[1].attention.output.dense.weight.data * 0.5
+    )
+
+
+def _another_table(model: nn.Module) -> None:
+    torch.manual_seed(6)
+    model.set_input_embeddings(nn.Embedding(53, 64, dtype=torch.float64))
+
+
+def _another_norm(model: nn.Module) -> None:
+    model.embeddings.LayerNorm.eps = 0.5
+
+
 SURGERY = {
+    _equal_eps: "packed",
+    _another_scale: "packed",
+    _fewer_heads: "packed",
+    _a_layer_less: "packed",
+    _layers_change_places: "packed",
+    _one_layer_twice: "packed",
+    _another_parameter: "packed",
+    _written_through_data: "packed",
+    _another_table: "packed",
+    _another_norm: "packed",
+    _other_embeddings: "packed",
     _adapter: "rectangle",
     _hook_inside: "rectangle",
     _hook_on_layer: "rectangle",
@@ -233,14 +304,46 @@ def test_changes_after_patching_are_honoured(change: Callable[[nn.Module], None]
     stock, patched = pair(attention=attention)
     mask = mask_of("holes")
     call = call_of("BertModel", mask)
-    before = patched(**call).last_hidden_state
+    before = [patched(**call) for _ in range(3)][-1].last_hidden_state
+    assert patched._bertfast.snapshot is not None  # what the change has to break
     for model in (stock, patched):
         change(model)
-    assert_agree(patched, stock, call, mask)
+    for _ in range(3):  # the first of them takes another snapshot
+        assert_agree(patched, stock, call, mask)
     if change is not _subclassed_weight:
         assert not torch.allclose(patched(**call).last_hidden_state, before)
     assert ran(patched)["packed"] >= 1 and SURGERY[change] in ran(patched)
-    assert reasons(patched)
+    assert reasons(patched) or SURGERY[change] == "packed"
+
+
+def test_a_snapshot_is_of_the_present() -> None:
+    """Settings that outputs show in training, or in another dtype, only."""
+    rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    stock, patched = pair(**rates)
+    mask = mask_of("right")
+    call = call_of("BertModel", mask)
+
+    def settle(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return [model(**call) for _ in range(3)][-1].last_hidden_state
+
+    settle(patched)
+    assert patched._bertfast.snapshot.guard.holds()
+    before = settle(patched.train())
+    assert not torch.equal(before, settle(patched))
+    for dropout in (m for m in patched.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.0
+    if LEGACY:
+        for layer in patched.encoder.layer:
+            layer.attention.self.dropout_prob = 0.0
+    quiet = settle(patched)
+    assert torch.equal(quiet, settle(patched)) and torch.equal(quiet, settle(patched.eval()))
+    assert_agree(patched, stock, call, mask)
+    for model in (stock, patched):
+        model.float()
+    error = (settle(patched) - settle(stock))[mask.bool()].abs().max()
+    assert settle(patched).dtype == torch.float32 and error < 1e-4
+    assert set(ran(patched)) == {"packed"}
 
 
 def test_hooks_see_rectangles_and_the_mask_as_it_was_given() -> None:
