@@ -43,6 +43,7 @@ class Family:
     encoder_place, pooler: attributes of the base model; pooler is None where there is none in any version.
     encoder_output: the class of what the encoder returns.
     layer_tail: what a layer that returns a tuple puts behind its hidden states.
+    legacy_masks: the dimensions of the smallest mask that its model takes in transformers 4 and does not expand.
     positions: "columns" counts padding; "running" counts tokens other than the padding token, from its id on.
     position_bias: the encoder's method that gives what is added to the attention scores, (1, heads, queries, keys),
         and depends on their distance alone; None where there is no such thing.
@@ -66,6 +67,7 @@ class Family:
     pooler: str | None = "pooler"
     head_count: str = "num_attention_heads"
     layer_tail: tuple = (None,)
+    legacy_masks: Literal[2, 3] = 3
     positions: Literal["columns", "running"] = "columns"
     position_bias: str | None = None
 
@@ -187,6 +189,7 @@ DISTILBERT = Family(
     pooler=None,
     head_count="n_heads",
     layer_tail=(),
+    legacy_masks=2,
 )
 MPNET = Family(
     name="mpnet",

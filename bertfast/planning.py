@@ -98,7 +98,7 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     packing = _plan(frame, state, arguments, known)
     if type(packing) is Refusal:
         if flat:
-            raise ValueError(f"sequences that stand in one row would mix in stock code, which has to run: {packing}")
+            raise ValueError(f"sequences in one row would mix in stock code, which has to run: {packing}")
         frame.rectangle = packing
         return None
     frame.packing = packing
@@ -135,7 +135,7 @@ def after_backbone(model: nn.Module, args: tuple, output: Any) -> None:
 def _small_mask(model: nn.Module, family: Family, mask: Tensor) -> Tensor:
     """The mask in a form that stock code hands on to its layers without expanding it to every pair of positions."""
     if is_legacy(family):
-        return mask if family.name == "distilbert" else mask[:, None, :]  # which expands nothing but two dimensions
+        return mask if family.legacy_masks == 2 else mask[:, None, :]
     valid = mask.bool()[:, None, None, :]
     if model.config._attn_implementation == "sdpa":
         return valid

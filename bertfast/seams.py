@@ -58,7 +58,7 @@ class EmbeddingsSeam:
             if frame is not None:
                 frame.reasons.add(out)
                 if packing is not None and packing.is_flat and arguments.get("position_ids") is None:
-                    raise ValueError(f"sequences that stand in one row have no positions in stock code, which: {out}")
+                    raise ValueError(f"sequences in one row have no positions in stock code, which has to run: {out}")
         return super().forward(*args, **kwargs)
 
 
@@ -68,7 +68,7 @@ _EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
 def _embed(module: nn.Module, frame: Frame | None, arguments: dict[str, Any]) -> Tensor | Refusal:
     """The fused embeddings, (tokens, hidden): of a packed call's tokens, or of the whole rectangle."""
     ids, types, positions = (arguments.get(name) for name in _EMBEDDED)
-    if ids is None or any(value is not None and value != 0 for k, value in arguments.items() if k not in _EMBEDDED):
+    if ids is None or any(isinstance(v, Tensor) or v for name, v in arguments.items() if name not in _EMBEDDED):
         return Refusal("embeddings: given as a tensor")
     state = module.__dict__[STATE]
     if frame is not None and frame.snapshot is not None and frame.snapshot.embeddings is module:
@@ -234,7 +234,7 @@ def _repack(ticket: Ticket, forward: Callable[..., Any], x: Tensor, reason: Refu
     """A stock layer's output for packed tokens, by way of the rectangle."""
     packing = ticket.packing
     if packing.is_flat:
-        raise ValueError(f"sequences that stand in one row would mix in stock code, which has to run: {reason}")
+        raise ValueError(f"sequences in one row would mix in stock code, which has to run: {reason}")
     bias = {} if ticket.bias is None else {"position_bias": ticket.bias}
     out = forward(packing.pad(x), ticket.mask, **bias)
     if isinstance(out, tuple):

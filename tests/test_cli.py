@@ -19,6 +19,8 @@ from bertfast.cli import COMMANDS, main
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
+import stock_models  # noqa: E402
+
 WORDS = [
     *"abcdefghijklmnopqrstuvwxyz.,!?",
     "the",
@@ -73,9 +75,11 @@ def checkpoint(tmp_path_factory):
             directory = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
             sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-            config = transformers.BertConfig(
-                **{"vocab_size": save_tokenizer(directory), "max_position_embeddings": 40, **sizes, **settings}
-            )
+            sizes |= {"vocab_size": save_tokenizer(directory), "max_position_embeddings": 40}
+            if name in stock_models.CLASSES:
+                config = stock_models.config_of(name, **sizes, **settings)
+            else:
+                config = transformers.BertConfig(**sizes, **settings)
             model = getattr(transformers, name)(config)
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -171,13 +175,19 @@ def test_doctor_and_a_backend_that_is_none(capsys, monkeypatch):
         "BertForSequenceClassification",
         "BertForQuestionAnswering",
         "BertForMultipleChoice",
+        "RobertaForMaskedLM",
+        "XLMRobertaModel",
+        "ElectraForTokenClassification",
+        "DistilBertModel",
+        "MPNetForSequenceClassification",
     ],
 )
 def test_check_passes(capsys, checkpoint, lines, name):
     report = json.loads(run(capsys, "check", checkpoint(name), "--texts", lines, "--json"))
     assert report["verdict"] == "PASS" and report["calls"]["stock"] == 0 and report["min_cosine"] > 1 - 1e-6
     assert {"embeddings", "layer 1", "layer 2", "last_hidden_state"} <= report["errors"].keys()
-    head = {"BertModel": "pooler_output", "BertForQuestionAnswering": "end_logits"}.get(name, "logits")
+    heads = {"BertForQuestionAnswering": "end_logits", "DistilBertModel": "last_hidden_state"}
+    head = heads.get(name, "pooler_output" if name.endswith("Model") else "logits")
     assert 0 <= report["errors"][head]["patched_max"] <= report["errors"][head]["limit"]
     # A question-answering head reads padding, so with exact numbers its calls are not packed.
     assert report["calls"]["rectangle" if name == "BertForQuestionAnswering" else "packed"] >= 2

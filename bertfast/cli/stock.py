@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bertfast.architectures import parameters_of
 from bertfast.cli.files import check_model
 from bertfast.cli.tokens import load
 from bertfast.patching import explain, patch
@@ -39,7 +40,12 @@ def positions(stock: Any) -> int:
 
 
 def forward(model: nn.Module, batch: Batch, **options: Any) -> dict[str, Any]:
-    """The model's outputs by name. Multiple-choice models get every text as the one choice of a question."""
+    """The model's outputs by name. Multiple-choice models get every text as the one choice of a question.
+
+    Models that know fewer than two token types are not told any.
+    """
+    if "token_type_ids" not in parameters_of(type(model)) or getattr(model.config, "type_vocab_size", 0) < 2:
+        batch = {k: t for k, t in batch.items() if k != "token_type_ids"}
     if type(model).__name__.endswith("ForMultipleChoice"):
         batch = {k: t[:, None] for k, t in batch.items()}
     with torch.inference_mode():
