@@ -361,6 +361,18 @@ def test_a_refusal_is_remembered_and_the_time_for_preparing_ends(stock):
     assert isinstance(contenders.get(peer("bertfast", honest), stock, "", "float32", {}), Ready)
 
 
+def test_a_workload_compares_no_longer_than_its_share(tmp_path, monkeypatch):
+    """Those that have to be there come first, and have no limit."""
+    monkeypatch.setattr(harness, "_COMPARING", 0.0)
+    peers = [peer("engine", honest), peer("bertfast", honest), peer("hf-sdpa", honest)]
+    records, _ = measure(tmp_path, [Case(RAGGED, "tiny", peers)])
+    found = by_peer(records)
+    assert [name for name, _ in found] == ["engine", "bertfast", "hf-sdpa"]
+    assert found["bertfast", "float32"]["status"] == found["hf-sdpa", "float32"]["status"] == "measured"
+    late = found["engine", "float32"]
+    assert late["status"] == "skipped" and results.OUT_OF_TIME in late["reason"]
+
+
 # ---- ceilings and floors
 
 

@@ -225,6 +225,26 @@ def test_peers_that_there_was_no_time_for_share_a_reason():
     assert table.notes.count(row["openvino"].note) == 1
 
 
+def test_a_line_that_there_was_no_time_for_does_not_take_the_place_of_an_older_one():
+    runs = {name: synthetic.environment(name) for name in ("run-1", "run-2")}
+    runs["run-1"]["time"], runs["run-2"]["time"] = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    older, newer = (synthetic.measurements(run, ("1x16",)) for run in runs)
+    for line, reason in zip(newer, (results.OUT_OF_TIME, "there is no engine"), strict=False):
+        line |= {"status": "skipped", "reason": reason}
+    shown = Lines(runs, [*older, *newer]).where(workload="1x16")
+    assert shown[0] == older[0] and shown[1:] == newer[1:]
+
+
+def test_what_patching_costs():
+    measured = synthetic.measurements("run-1", ("1x16",))[:1]
+    line = measured[0] | {"benchmark": "overhead", "peer": "bertfast", "precision": "float32", "status": "measured"}
+    line |= {"median_s": 0.02, "overhead_s": 4.2e-5, "overhead": {"value": 0.0021}, "patch_s": 0.0004}
+    shown = Lines({"run-1": synthetic.environment("run-1")}, [line | {"peer": "bertfast-native"}, line])
+    (table,) = tables.overhead(shown)
+    (row,) = cells(table)
+    assert (row["more"].text, row["of it"].text, row["`patch`"].text) == ("42 µs", "0.2 %", "0.40 ms")
+
+
 def test_a_speed_up_over_another_baseline_is_not_shown_as_one_over_hugging_face():
     measured = synthetic.measurements("run-1", ("1x16",))
     for line in measured:

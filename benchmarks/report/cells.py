@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 from benchmarks.report import words
-from benchmarks.report.lines import BASELINE, Line, measured
-from benchmarks.results import OUT_OF_TIME
+from benchmarks.report.lines import BASELINE, Line, measured, out_of_time
 
 
 class Cell(NamedTuple):
@@ -46,7 +45,7 @@ def missing(line: Line | None) -> Cell:
     """A dash with the reason; nothing at all where nobody tried. That time was short is one reason for all."""
     if line is None:
         return NOTHING
-    if line["status"] == "skipped" and OUT_OF_TIME in line["reason"]:
+    if out_of_time(line):
         return Cell("–", note="not measured: that run had too little time for everybody")
     return Cell("–", note=f"{line['peer']}: {why(line)}")
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.results import OUT_OF_TIME
 from benchmarks.workloads import SERIES
 
 Line = dict[str, Any]
@@ -26,10 +27,16 @@ def measured(line: Line) -> bool:
     return line["status"] == "measured"
 
 
+def out_of_time(line: Line) -> bool:
+    """Whether nothing stood against measuring but time."""
+    return line["status"] == "skipped" and OUT_OF_TIME in line["reason"]
+
+
 class Lines:
     """The newest line of each key, in the order in which the keys first came.
 
-    environments: the record of each run. Runs are as new as their records say; of equals the later in the file.
+    environments: the record of each run. Runs are as new as their records say; of equals the later in the file. A line
+    that was skipped for want of time says nothing of its peer, and does not take the place of an older line.
     """
 
     def __init__(self, environments: Mapping[str, Line], measurements: Iterable[Line]) -> None:
@@ -37,7 +44,7 @@ class Lines:
         every = list(measurements)
         self._of_run = {(line["run"], key(line)): line for line in every}
         place = {k: None for k in map(key, every)}
-        newest = {key(line): line for line in sorted(every, key=self._time)}
+        newest = {key(line): line for line in sorted(every, key=lambda line: (not out_of_time(line), self._time(line)))}
         self._newest = [newest[k] for k in place]
 
     def _time(self, line: Line) -> str:
