@@ -44,6 +44,7 @@ def register_attention() -> str:
             f'attn_implementation="{NAME}" needs transformers 5, and this is {transformers.__version__}, whose '
             "encoders have no attention interface: use bertfast.patch(model), or upgrade transformers"
         )
+    torch.compiler.assume_constant_result(_without_sdpa)  # a trace would go through all classes with it
     # Without a mask of its own, transformers would hand the layers none at all, and padding would be attended to.
     transformers.AttentionMaskInterface.register(NAME, make_mask)
     transformers.AttentionInterface.register(NAME, attend)
@@ -60,10 +61,12 @@ def make_mask(**arguments: Any) -> Tensor | None:
     # Stock leaves a causal mask out and relies on `is_causal`. A model that goes on to drop queries, or has a cache
     # with room to spare, knows not to by the name "sdpa".
     arguments["allow_is_causal_skip"] = False
-    if traced():
-        return sdpa_mask(**arguments)
-    _refuse_model(type(arguments.get("config")))
-    if not _masks_padding_only(arguments):
+    if refused := _without_sdpa(type(arguments.get("config"))):
+        raise UnsupportedModelError(
+            f'{refused} does not run on transformers\' "sdpa", on which "{NAME}" is built: load it with '
+            'attn_implementation="eager"; bertfast.patch may know it'
+        )
+    if traced() or not _masks_padding_only(arguments):
         return sdpa_mask(**arguments)
     packing = Packing.from_mask(arguments["attention_mask"])
     if packing.indices is None:
@@ -94,21 +97,22 @@ def _masks_padding_only(arguments: dict[str, Any]) -> bool:
     )
 
 
-@functools.cache
-def _refuse_model(config: type) -> None:
-    """Raise where transformers refuses "sdpa" too: such a model adds its masks to the scores, or needs more than sdpa.
+_refused: dict[type, str | None] = {}
 
-    transformers checks the names that it knows. The models of a configuration are loaded when the first one asks for a
-    mask.
+
+def _without_sdpa(config: type) -> str | None:
+    """The name of a model with this class of configuration, where transformers runs none of them on "sdpa".
+
+    Such a model adds its masks to the scores, or needs what sdpa has not. transformers refuses "sdpa" to it, but no
+    name that it does not know. The models of a configuration are loaded when the first one asks for a mask.
     """
-    from transformers import PreTrainedModel
+    if config not in _refused:
+        from transformers import PreTrainedModel
 
-    models = [model for model in _subclasses(PreTrainedModel) if model.config_class is config]
-    if models and not any(model._supports_sdpa for model in models):
-        raise UnsupportedModelError(
-            f'{models[0].__name__} does not run on transformers\' "sdpa", on which "{NAME}" is built: load it with '
-            'attn_implementation="eager"; bertfast.patch may know it'
-        )
+        models = [model for model in _subclasses(PreTrainedModel) if model.config_class is config]
+        supported = not models or any(model._supports_sdpa for model in models)
+        _refused[config] = None if supported else models[0].__name__
+    return _refused[config]
 
 
 def _subclasses(kind: type) -> Iterator[type]:

@@ -634,12 +634,13 @@ def test_other_calls_are_stock(reason: str, change: dict[str, Any]) -> None:
     assert counts == {reason: 1}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["MPNetModel", "NystromformerModel"])
-def test_models_without_sdpa_are_refused(name: str) -> None:
+def test_models_without_sdpa_are_refused(name: str, compiled: bool) -> None:
     """They would add a boolean mask to their scores."""
     model = build(name)
     with pytest.raises(UnsupportedModelError, match="eager"):
-        model(**call_of(mask_of("right")))
+        (torch.compile(model, backend="eager") if compiled else model)(**call_of(mask_of("right")))
 
 
 def test_old_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
