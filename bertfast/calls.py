@@ -29,9 +29,14 @@ class Snapshot(NamedTuple):
 
     guard: Guard
     encoder: nn.Module
+    config: Any
     layers: Mapping[nn.Module, LayerReading]
     embeddings: nn.Module
     embedding_reading: EmbeddingReading
+
+    def is_of(self, encoder: nn.Module, config: Any) -> bool:
+        """Whether it was taken of these."""
+        return self.encoder is encoder and self.config is config
 
     @property
     def weight(self) -> Tensor:

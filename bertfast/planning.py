@@ -176,7 +176,7 @@ def plan_encoder(frame: Frame, arguments: dict[str, Any]) -> Packing | Refusal:
     arguments = {k: v for k, v in arguments.items() if not _is_empty(v)}
     names = tuple(parameters_of(stock_class(type(encoder))))[:2]
     hidden_states, mask = (arguments.pop(name, None) for name in names)
-    reason = _refuse_arguments(arguments, _config_of(encoder, state)) or _refuse_structure(frame)
+    reason = _refuse_encoder(frame, arguments, _config_of(encoder, state))
     if reason is not None:
         return reason
     if hidden_states.dim() != 3 or hidden_states.shape[:2].numel() == 0:
@@ -223,47 +223,37 @@ def _pack(state: BackboneState, mask: Tensor, model: nn.Module | None) -> Packin
 
 def _refuse_call(frame: Frame, family: Family, arguments: dict[str, Any]) -> Refusal | None:
     model = frame.model
-    reason = _refuse_arguments(arguments, model.config)
-    if reason is not None:
-        return reason
     if "forward" in model.__dict__:
         return Refusal("the model has a forward of its own")
     encoder, embeddings = model._modules.get(family.encoder_place), model._modules.get("embeddings")
     if encoder is None or embeddings is None or STATE not in encoder.__dict__ or STATE not in embeddings.__dict__:
         return Refusal("the encoder or the embeddings were replaced after patching")
-    return _refuse_structure(frame)
+    return _refuse_encoder(frame, arguments, model.__dict__.get("config"))
 
 
-def _refuse_arguments(arguments: dict[str, Any], config: Any) -> Refusal | None:
+def _refuse_encoder(frame: Frame, arguments: dict[str, Any], config: Any) -> Refusal | None:
+    """Why the layers cannot be handed packed tokens; where they can, and nothing has changed, the frame's snapshot."""
     for name, value in arguments.items():
         if value is not None and value is not False and name not in _BASE_ARGUMENTS:
             return Refusal("attentions wanted" if name == "output_attentions" else f"argument {name}")
-    wanted = arguments.get("output_hidden_states")
-    if wanted is None:
-        wanted = getattr(config, "output_hidden_states", False)
-    if wanted is not False:
-        return Refusal("hidden states wanted")
-    return refuse_config(config)
-
-
-def _refuse_structure(frame: Frame) -> Refusal | None:
-    """Why the layers cannot be handed packed tokens; where they can, and nothing has changed, the frame's snapshot."""
     if global_hooks():
         return Refusal("hooks on all modules")
-    encoder = frame.encoder
-    backbone: BackboneState = encoder.__dict__[STATE]
+    hidden_states = arguments.get("output_hidden_states")
+    backbone: BackboneState = frame.encoder.__dict__[STATE]
     snapshot = backbone.snapshot
-    if snapshot is not None and snapshot.encoder is encoder and snapshot.guard.holds():
+    if snapshot is not None and snapshot.is_of(frame.encoder, config) and snapshot.guard.holds():
         frame.snapshot = snapshot
-        return refuse_kind(snapshot.weight.dtype, snapshot.weight.device)
-    reason = _refuse_layers(encoder)
-    if reason is None and not getattr(encoder, "_is_replica", False):
-        backbone.snapshot = take(backbone, encoder)
-    return reason
+        reason = refuse_kind(snapshot.weight.dtype, snapshot.weight.device)
+    else:
+        if hidden_states is None:
+            hidden_states = getattr(config, "output_hidden_states", False)
+        reason = refuse_config(config) or _refuse_layers(frame.encoder, config)
+        if reason is None and not hidden_states and not getattr(frame.encoder, "_is_replica", False):
+            backbone.snapshot = take(backbone, frame.encoder, config)
+    return Refusal("hidden states wanted") if hidden_states else reason
 
 
-def _refuse_layers(encoder: nn.Module) -> Refusal | None:
-    config = encoder.__dict__.get("config")
+def _refuse_layers(encoder: nn.Module, config: Any) -> Refusal | None:
     for i, layer in enumerate(encoder.layer):
         d = layer.__dict__
         state = d.get(STATE)

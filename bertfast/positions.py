@@ -25,4 +25,6 @@ def position_ids(embeddings: nn.Module, family: Family, packing: Packing, input_
     longest = packing.max_seqlen if packing.is_flat else packing.seq_len
     if buffer is None or longest > buffer.shape[1]:
         return None
+    if packing.batch == 1 and packing.indices is None and not packing.is_flat:
+        return buffer[0, : packing.seq_len]
     return buffer[0].index_select(0, packing.position_ids())

@@ -1,5 +1,7 @@
 """What a base model's parts were found to be, kept until a fact that it rests on changes."""
 
+from typing import Any
+
 from torch import nn
 
 from bertfast.calls import STATE, BackboneState, Snapshot
@@ -7,8 +9,8 @@ from bertfast.eligibility import HOOKS, EmbeddingReading, LayerReading
 from bertfast.guard import Guard
 
 
-def take(state: BackboneState, encoder: nn.Module) -> Snapshot | None:
-    """The snapshot of an encoder whose layers can all be handed packed tokens, and of its embeddings.
+def take(state: BackboneState, encoder: nn.Module, config: Any) -> Snapshot | None:
+    """The snapshot of an encoder whose layers can all be handed packed tokens, of its embeddings and configuration.
 
     None where something cannot be watched: hooks, even those that change nothing; parameters that are gathered for each
     call; replicas; a model whose embeddings have not been called yet.
@@ -19,6 +21,9 @@ def take(state: BackboneState, encoder: nn.Module) -> Snapshot | None:
     if any(getattr(m, "_is_replica", False) or _has_hooks(m) for m in (encoder, embeddings.owner, *layers)):
         return None
     guard, readings = Guard(), {}
+    settings = {} if config is None else config.__dict__
+    for name in (*settings, "is_decoder"):
+        guard.entry(settings, name)
     guard.entry(encoder._modules, "layer")
     for i, layer in enumerate(layers):
         structure = layer.__dict__[STATE].structure
@@ -35,7 +40,7 @@ def take(state: BackboneState, encoder: nn.Module) -> Snapshot | None:
     if not readings or type(reading) is not EmbeddingReading:
         return None
     embeddings.watch(guard)
-    return Snapshot(guard, encoder, readings, embeddings.owner, reading) if guard.holds() else None
+    return Snapshot(guard, encoder, config, readings, embeddings.owner, reading) if guard.holds() else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
