@@ -103,8 +103,9 @@ class Ticket:
     snapshot: Snapshot | None = None
 
 
-class HeadCall(NamedTuple):
-    """One call of a task model. packing: known where the batch was not padded by the caller."""
+@dataclass
+class HeadCall:
+    """One call of a task model. packing: of the rectangle, where what stands at padding is not to be looked at."""
 
     model: nn.Module
     base: nn.Module

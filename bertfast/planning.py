@@ -66,7 +66,7 @@ def pooled_tokens(pooler: nn.Module, args: tuple) -> tuple | None:
 
 
 def span_logits(module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
-    """Forward hook of the module that gives a span's logits: no span begins where a batch was padded by us."""
+    """Forward hook of the module that gives a span's logits: none begins in padding, where padding was dropped."""
     packing = calls.heads[-1].packing if calls.heads and not traced() else None
     if packing is None or packing.indices is None:
         return None
@@ -91,9 +91,8 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     frame = Frame(model, getattr(model, family.encoder_place, None))
     calls.frames.append(frame)
     arguments = bind(type(model), args, kwargs)
-    known = next((head.packing for head in reversed(calls.heads) if head.base is model), None)
-    if known is None:
-        known = _take_flattened(model, family, arguments)
+    head = next((head for head in reversed(calls.heads) if head.base is model), None)
+    known = _take_flattened(model, family, arguments) if head is None or head.packing is None else head.packing
     flat = known is not None and known.is_flat
     packing = _plan(frame, state, arguments, known)
     if type(packing) is Refusal:
@@ -102,6 +101,8 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         frame.rectangle = packing
         return None
     frame.packing = packing
+    if head is not None and state.padding == "drop":
+        head.packing = packing
     if flat:
         return (), _in_one_row(model, family, arguments, packing)
     mask = arguments.get("attention_mask")
