@@ -32,8 +32,9 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) ->
         model: a transformers model, a SentenceTransformer, a CrossEncoder, or any module that has such a model inside.
         padding: "exact" keeps stock's numbers wherever a head reads padding positions: the pooler under left padding,
             the question-answering head, losses with labels on padding; such calls run the fused ops on the whole
-            rectangle. "drop" runs every call without padding; hidden states at padding positions are zero then, as
-            they are in "exact" where no head of transformers reads them.
+            rectangle. "drop" runs every call without padding: position 0 holds a sequence's first token, wherever that
+            stands, and no answer begins in padding. Hidden states at other padding positions are zero then, as they
+            are in "exact" where no head of transformers reads them.
         pack_weights: keep a second, packed copy of the layers' weights for inference on the CPU, which makes the
             GEMMs up to twice as fast. See `bertfast.ops.PackedWeights` for what may change weights unseen.
 

@@ -166,9 +166,17 @@ def _run_packed(encoder: nn.Module, frame: Frame, arguments: dict[str, Any]) -> 
         out = layer(x, ticket)
         x = out[0] if isinstance(out, tuple) else out
     hidden = packing.pad(x)
+    if encoder.__dict__[STATE].padding == "drop" and packing.indices is not None:
+        hidden[:, 0] = _first_tokens(x, packing)
     if returns_tuples(family) and not arguments.get("return_dict", defaults["return_dict"]):
         return (hidden,)
     return getattr(sys.modules[family.module], family.encoder_output)(last_hidden_state=hidden)
+
+
+def _first_tokens(x: Tensor, packing: Packing) -> Tensor:
+    """(batch, hidden): each sequence's first token, for heads that look for it at position 0; 0 where there is none."""
+    first = x.index_select(0, packing.cu_seqlens[:-1].clamp(max=x.shape[0] - 1))
+    return first if 0 not in packing.lengths else first * (packing.cu_seqlens.diff() > 0)[:, None]
 
 
 class LayerSeam:

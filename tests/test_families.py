@@ -114,6 +114,26 @@ def test_drop_is_stock_on_valid_tokens(name: str, form: str) -> None:
         note("padding: left, dropped", name, path)
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not (LEGACY and name == "distilbert")])
+def test_dropped_padding_on_the_left_leaves_the_first_token_in_front(family: str) -> None:
+    """Heads that read position 0 get what they get of the same sequences, with the same positions, on the left."""
+    name = FAMILIES[family].classes[2]
+    assert name.endswith("ForSequenceClassification")
+    stock, patched = pair(name, padding="drop")
+    mask = mask_of("left")
+    call = call_of(name, mask)
+    positions = torch.arange(SEQ_LEN).expand(BATCH, -1)
+    if FAMILIES[family].pad == 1:  # counted from the padding token's id on
+        counted = call["input_ids"] != 1
+        positions = counted.cumsum(1) * counted + 1
+    order = (mask == 0).int().argsort(stable=True, dim=1)
+    right = {k: v.gather(1, order) for k, v in call.items() if k != "labels"} | {"labels": call["labels"]}
+    theirs = stock(**right, position_ids=positions.gather(1, order))
+    ours = patched(**call)
+    assert_same(visible(ours, None), visible(theirs, None))
+    assert_same(*(gradients(m, o, None) for m, o in ((patched, ours), (stock, theirs))), 10 * TOLERANCE)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_arguments_of_base_models(name: str) -> None:
     """Positions, types, embeddings of words given as tensors, tuples instead of outputs, other dtypes of ids."""
