@@ -41,17 +41,25 @@ def varlen_attention(
     noticed. Sources: Vaswani et al. 2017; the backward is
     that of Dao et al. 2022, without the tiling.
     """
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
+    registry.check_axes("qkv", qkv, "tokens", "3", "heads", "head_size")
+    if qkv.shape[1] != 3 or not qkv.shape[3]:
         raise ValueError(f"qkv must be (tokens, 3, heads, head_size), not of shape {tuple(qkv.shape)}")
+    registry.check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
         raise ValueError(
             f"cu_seqlens must be (sequences + 1,) int32 on {qkv.device}, "
             f"not {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         )
     sequences = cu_seqlens.shape[0] - 1
-    if order is not None and (order.dtype != torch.int32 or order.shape != (sequences,) or order.device != qkv.device):
-        raise ValueError(f"order must be ({sequences},) int32 on {qkv.device}, not {tuple(order.shape)} {order.dtype}")
-    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    if order is not None:
+        registry.check_tensor("order", order)
+        if order.dtype != torch.int32 or order.shape != (sequences,) or order.device != qkv.device:
+            raise ValueError(
+                f"order must be ({sequences},) int32 on {qkv.device}, not {tuple(order.shape)} {order.dtype}"
+            )
+    if max_seqlen is not None and not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen must be an integer, not a {type(max_seqlen).__name__}")
+    scale = _scale(scale, qkv.shape[3])
     max_seqlen = _UNKNOWN if max_seqlen is None else max_seqlen
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, qkv.device)
     if registry.seen(qkv):
@@ -60,6 +68,13 @@ def varlen_attention(
 
 
 _UNKNOWN = -1
+
+
+def _scale(scale: float | None, head_size: int) -> float:
+    if scale is None:
+        return head_size**-0.5
+    registry.check_number("scale", scale)
+    return scale
 
 
 def _longest(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
@@ -260,14 +275,16 @@ def masked_attention(
     sees no key gives zeros and has a gradient of zeros. Raises ValueError / TypeError where
     shapes, dtypes or devices do not fit, and ValueError for a mask that wants a gradient: it has none here.
     """
-    if q.dim() != 4:
-        raise ValueError(f"q must be (batch, heads, queries, head_size), not of shape {tuple(q.shape)}")
+    registry.check_axes("q", q, "batch", "heads", "queries", "head_size")
+    registry.check_axes("k", k, "batch", "heads", "keys", "head_size")
     batch, heads, queries, size = q.shape
-    keys = k.shape[2] if k.dim() == 4 else -1
+    keys = k.shape[2]
+    if not size:
+        raise ValueError(f"q must be (batch, heads, queries, head_size), not of shape {tuple(q.shape)}")
     registry.check_like(q, k=(k, (batch, heads, keys, size)), v=(v, (batch, heads, keys, size)))
     if mask is not None:
         _check_mask(mask, q, (batch, heads, queries, keys))
-    scale = size**-0.5 if scale is None else scale
+    scale = _scale(scale, size)
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, q.device)
     if registry.seen(q, k, v):
         return _masked_op(q, k, v, mask, scale, dropout_p, seed)[0]
@@ -276,6 +293,7 @@ def masked_attention(
 
 
 def _check_mask(mask: Tensor, q: Tensor, shape: tuple[int, ...]) -> None:
+    registry.check_tensor("mask", mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask must be boolean, or floating-point to be added, not {mask.dtype}")
     if mask.device != q.device:

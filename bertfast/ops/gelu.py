@@ -22,11 +22,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
     nothing else is kept. Raises ValueError / TypeError where shapes, dtypes or devices do not fit. Source: Hendrycks &
     Gimpel 2016.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x must be (tokens, features), not of shape {tuple(x.shape)}")
+    registry.check_axes("x", x, "tokens", "features")
     if approximate not in APPROXIMATIONS:
         raise ValueError(f"approximate must be one of {APPROXIMATIONS}, not {approximate!r}")
-    registry.check_like(x, bias=(bias, x.shape[1:]))
+    if bias is not None:
+        registry.check_like(x, bias=(bias, x.shape[1:]))
     if registry.seen(x, bias):
         return _op(x, bias, approximate)
     forward, _ = backend.implementation("bias_gelu", x)

@@ -134,7 +134,11 @@ def linear(
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if strange := [type(t).__name__ for t in (x, *weights, *biases) if not isinstance(t, Tensor)]:
+        raise TypeError(f"x, weight and bias must be tensors, not {', '.join(strange)}")
+    if packed is not None and not isinstance(packed, PackedWeights):
+        raise TypeError(f"packed must be a PackedWeights, not a {type(packed).__name__}")
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights, biases = x.to(dtype), tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
         packed = None  # a copy of what was converted for this call alone would never be found again
@@ -156,16 +160,14 @@ def linear(
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"x must be (tokens, in_features), not of shape {tuple(x.shape)}")
+    registry.check_axes("x", x, "tokens", "in_features")
     if not weights or (biases and len(biases) != len(weights)):
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases: give one bias for each weight, or none")
     for i, weight in enumerate(weights):
-        registry.check_like(
-            x,
-            weight=(weight, (weight.shape[0], x.shape[1])),
-            bias=(biases[i] if biases else None, weight.shape[:1]),
-        )
+        registry.check_axes("weight", weight, "out_features", "in_features")
+        registry.check_like(x, weight=(weight, (weight.shape[0], x.shape[1])))
+        if biases:
+            registry.check_like(x, bias=(biases[i], weight.shape[:1]))
 
 
 def _onednn(x, weights, biases, activation, packed):

@@ -34,12 +34,11 @@ def residual_layer_norm(
     ValueError / TypeError where shapes, dtypes or devices do not fit. Source: Ba et al. 2016; the order of
     dropout, sum and norm is BERT's (post-LN).
     """
-    if x.dim() != 2:
-        raise ValueError(f"x must be (tokens, hidden), not of shape {tuple(x.shape)}")
+    registry.check_axes("x", x, "tokens", "hidden")
+    registry.check_number("eps", eps)
     hidden = x.shape[1:]
-    registry.check_like(
-        x, residual=(residual, x.shape), weight=(weight, hidden), bias=(bias, hidden), x_bias=(x_bias, hidden)
-    )
+    likes = {"residual": (residual, x.shape), "weight": (weight, hidden), "bias": (bias, hidden)}
+    registry.check_like(x, **likes if x_bias is None else likes | {"x_bias": (x_bias, hidden)})
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, x.device)
     if registry.seen(x, residual, weight, bias, x_bias):
         return _op(x, residual, weight, bias, x_bias, eps, dropout_p, seed)[0]

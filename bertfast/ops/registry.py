@@ -5,6 +5,7 @@ only where something needs to see the op: autograd, tracing (torch.compile, torc
 dispatch mode.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,8 +33,11 @@ def define(
 
 
 def seen(*tensors: Tensor | None) -> bool:
-    """Whether something has to see the registered op: autograd, tracing, a subclass of Tensor, a dispatch mode."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether something has to see the registered op: autograd, tracing, a subclass of Tensor, a dispatch mode.
+
+    Tensors without values, on the device "meta", are for its fake.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or tensors[0].is_meta:
         return True
     if type(tensors[0]) is not Tensor and type(tensors[0]) is not torch.nn.Parameter:
         return True
@@ -47,25 +51,61 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
     """The checked dropout probability, and its seed: drawn where none was given, None where nothing is dropped."""
+    check_number("dropout_p", p)
     if p == 0.0:
         return 0.0, None
     if not 0.0 < p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {p}")
     if seed is None:
         return p, draw_seed(device)
-    if seed.dtype != torch.int64 or seed.shape != (1,):
-        raise TypeError(f"seed must be an int64 tensor of shape (1,), not {seed.dtype} of shape {tuple(seed.shape)}")
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (1,):
+        raise TypeError(f"seed must be an int64 tensor of shape (1,), not {_describe(seed)}")
     if seed.device != device:
         raise ValueError(f"seed is on {seed.device}, the input on {device}: move it with .to()")
     return p, seed
 
 
-def check_like(x: Tensor, **others: tuple[Tensor | None, Sequence[int]]) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise unless this is a dense tensor."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not {_describe(tensor)}")
+
+
+def check_axes(name: str, tensor: Tensor, *axes: str) -> None:
+    """Raise unless this is a dense floating-point tensor that has these axes."""
+    check_tensor(name, tensor)
+    if tensor.dim() != len(axes):
+        raise ValueError(f"{name} must be ({', '.join(axes)}), not of shape {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating-point, not {tensor.dtype}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise unless this is a number."""
+    if not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number, not {_describe(value)}")
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {tuple(value.shape)}, {value.layout}"
+
+
+def check_like(x: Tensor, **others: tuple[Tensor, Sequence[int]]) -> None:
     """Raise unless every named tensor has x's dtype and device and the shape that stands beside it."""
-    dtype, device = x.dtype, x.device
+    dtype, device, dense = x.dtype, x.device, torch.strided
     for name, (tensor, shape) in others.items():
-        if tensor is None or (tensor.dtype is dtype and tensor.device == device and tensor.shape == shape):
+        # Nearly always all is well, and a call of an op takes microseconds.
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.dtype is dtype
+            and tensor.shape == shape
+            and tensor.device == device
+            and tensor.layout is dense
+        ):
             continue
+        check_tensor(name, tensor)
         if tensor.dtype is not dtype:
             raise TypeError(f"{name} is {tensor.dtype} where x is {dtype}: convert one of them with .to()")
         if tensor.device != device:
