@@ -1,6 +1,7 @@
 """BertConfig: the sizes and settings of a BERT, under Hugging Face's names and with its defaults."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,18 @@ _SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("max_position_embeddings", "type_vocab_size"),
 )
+# What the other fields may be, and in words.
+_NUMBER, _NAMES = ((float, int), "a number"), ((dict, type(None)), "a mapping or None")
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), _NUMBER),
+    **dict.fromkeys(("initializer_range", "layer_norm_eps"), _NUMBER),
+    **dict.fromkeys(("id2label", "label2id"), _NAMES),
+    "classifier_dropout": ((float, int, type(None)), "a number or None"),
+    "tie_word_embeddings": ((bool, type(None)), "true or false"),
+    "pad_token_id": ((int, type(None)), "an integer or None"),
+    "hidden_act": (str, "a name"),
+    "extra": (dict, "a mapping"),
+}
 # Settings of config.json that change what is computed, and the values at which bertfast computes the same.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False, None),
@@ -29,7 +42,8 @@ class BertConfig:
     num_labels is the length of id2label: setting the number names the labels LABEL_0, LABEL_1, ..., setting the names
     sets the number. extra holds everything else that a config.json said; `to_dict` writes it back.
 
-    Raises ValueError for sizes that do not fit one another and for settings that are not BERT's encoder.
+    Raises ValueError for a value of another kind than its field's, for sizes that do not fit one another and for
+    settings that are not BERT's encoder.
     """
 
     vocab_size: int = 30522
@@ -54,6 +68,7 @@ class BertConfig:
     num_labels: InitVar[int | None] = None  # becomes the property below
 
     def __post_init__(self, num_labels: int | None) -> None:
+        self._check_kinds(num_labels)
         if self.id2label is None:
             self.id2label, given = _label_names(2 if num_labels is None else num_labels), None
         else:
@@ -64,11 +79,22 @@ class BertConfig:
             self.label2id = {name: i for i, name in self.id2label.items()}
         self._check()
 
+    def _check_kinds(self, num_labels: int | None) -> None:
+        if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 0):
+            raise ValueError(f"num_labels must be an integer of at least 0, not {num_labels!r}")
+        for name, (kind, said) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be {said}, not {value!r}")
+
     def _check(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < (0 if name == "num_hidden_layers" else 1):
+            if type(value) is not int or value < (0 if name == "num_hidden_layers" else 1):
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
@@ -107,11 +133,13 @@ class BertConfig:
         return cls(**{**sizes, **changes})
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> "BertConfig":
+    def from_dict(cls, settings: Mapping[str, Any]) -> "BertConfig":
         """The config that a config.json holds. Keys without a field are kept in `extra`.
 
         Raises ValueError for another model_type than "bert" and where the settings do not fit.
         """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"the settings must be a mapping, not a {type(settings).__name__}")
         settings = dict(settings)
         model_type = settings.pop("model_type", "bert")
         if model_type != "bert":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bertfast.checkpoint import PretrainedModel
 from bertfast.config import BertConfig
 from bertfast.layer import activation_name
-from bertfast.model import BertModel, BertModelOutput, ModelOutput
+from bertfast.model import BertModel, BertModelOutput, ModelOutput, check_tensors
 from bertfast.ops import linear
 from bertfast.packing import PackedBatch, Packing
 
@@ -137,7 +137,7 @@ class BertForMaskedLM(_LMHead):
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)
         logits = self.cls.predictions(out.last_hidden_state)
         labels = _token_labels(labels, input_ids, out.packing)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else _cross_entropy(logits, labels)
         return HeadOutput(loss, _restore(logits, input_ids, out.packing), out.packing, out.hidden_states)
 
 
@@ -168,8 +168,8 @@ class BertForNextSentencePrediction(_Head):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)
         logits = self.cls.seq_relationship(out.pooler_output)
-        labels = _sequence_labels(labels, input_ids, out.packing.batch)
-        loss = None if labels is None else F.cross_entropy(logits, labels.view(-1))
+        labels = _sequence_labels(labels, input_ids, out.packing)
+        loss = None if labels is None else _cross_entropy(logits, labels)
         return HeadOutput(loss, logits, out.packing, out.hidden_states)
 
 
@@ -199,8 +199,8 @@ class BertForPreTraining(_LMHead):
         follows = self.cls.seq_relationship(out.pooler_output)
         labels, loss = _token_labels(labels, input_ids, out.packing), None
         if labels is not None and next_sentence_label is not None:
-            next_sentence_label = _sequence_labels(next_sentence_label, None, out.packing.batch)
-            loss = F.cross_entropy(words, labels) + F.cross_entropy(follows, next_sentence_label.view(-1))
+            next_sentence_label = _sequence_labels(next_sentence_label, None, out.packing)
+            loss = _cross_entropy(words, labels) + _cross_entropy(follows, next_sentence_label)
         words = _restore(words, input_ids, out.packing)
         return PreTrainingOutput(loss, words, follows, out.packing, out.hidden_states)
 
@@ -233,7 +233,7 @@ class BertForSequenceClassification(_Head):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)
         logits = self.classifier(self.dropout(out.pooler_output))
-        labels = _sequence_labels(labels, input_ids, out.packing.batch)
+        labels = _sequence_labels(labels, input_ids, out.packing)
         loss = None if labels is None else _classification_loss(logits, labels, self.config.problem_type)
         return HeadOutput(loss, logits, out.packing, out.hidden_states)
 
@@ -243,8 +243,10 @@ def _classification_loss(logits: Tensor, labels: Tensor, problem_type: str | Non
         one = labels.dtype in (torch.int64, torch.int32)
         several = "single_label_classification" if one else "multi_label_classification"
         problem_type = "regression" if logits.shape[1] == 1 else several
+    if labels.dtype.is_complex:
+        raise TypeError(f"labels must be numbers, not {labels.dtype}")
     if problem_type == "single_label_classification":
-        return F.cross_entropy(logits, labels.view(-1).long())
+        return _cross_entropy(logits, labels.long())
     if labels.numel() != logits.numel():
         raise ValueError(
             f"{problem_type} compares labels of shape {tuple(labels.shape)} with logits of {tuple(logits.shape)}: give "
@@ -282,7 +284,7 @@ class BertForMultipleChoice(_Head):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if not isinstance(input_ids, PackedBatch):
             num_choices = _choices(input_ids, inputs_embeds, num_choices)
-            inputs = tuple(None if t is None else t.flatten(0, 1) for t in inputs)
+            inputs = tuple(None if t is None else _flatten(t) for t in inputs)
         elif num_choices is None or num_choices < 1 or input_ids.packing.batch % num_choices:
             raise ValueError(
                 f"num_choices is {num_choices}: for a PackedBatch of {input_ids.packing.batch} sequences give a number "
@@ -290,20 +292,28 @@ class BertForMultipleChoice(_Head):
             )
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)
         logits = self.classifier(self.dropout(out.pooler_output)).view(-1, num_choices)
-        labels = _sequence_labels(labels, input_ids, logits.shape[0])
-        loss = None if labels is None else F.cross_entropy(logits, labels.view(-1))
+        labels = _sequence_labels(labels, input_ids, out.packing, logits.shape[0])
+        loss = None if labels is None else _cross_entropy(logits, labels)
         return HeadOutput(loss, logits, out.packing, out.hidden_states)
 
 
 def _choices(input_ids: Tensor | None, inputs_embeds: Tensor | None, num_choices: int | None) -> int:
     """The number of choices that a rectangle has."""
     tokens, axes = (inputs_embeds, 4) if input_ids is None else (input_ids, 3)
-    if tokens is None or tokens.dim() != axes:
-        found = None if tokens is None else tuple(tokens.shape)
+    if not isinstance(tokens, Tensor) or tokens.dim() != axes:
+        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
         raise ValueError(f"multiple choice takes (batch, choices, seq_len) tokens or a PackedBatch, not {found}")
     if num_choices not in (None, tokens.shape[1]):
         raise ValueError(f"num_choices is {num_choices}, but the tokens of shape {tuple(tokens.shape)} say otherwise")
     return tokens.shape[1]
+
+
+def _flatten(rectangles: Tensor) -> Tensor:
+    """(batch, choices, ...) to (batch * choices, ...)."""
+    if not isinstance(rectangles, Tensor) or rectangles.dim() < 3:
+        found = tuple(rectangles.shape) if isinstance(rectangles, Tensor) else f"a {type(rectangles).__name__}"
+        raise ValueError(f"multiple choice takes tensors of (batch, choices, seq_len), not {found}")
+    return rectangles.flatten(0, 1)
 
 
 class BertForTokenClassification(_Head):
@@ -335,7 +345,7 @@ class BertForTokenClassification(_Head):
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)
         logits = self.classifier(self.dropout(out.last_hidden_state))
         labels = _token_labels(labels, input_ids, out.packing)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else _cross_entropy(logits, labels)
         return HeadOutput(loss, _restore(logits, input_ids, out.packing), out.packing, out.hidden_states)
 
 
@@ -375,21 +385,39 @@ class BertForQuestionAnswering(_Head):
         packed = self.qa_outputs(out.last_hidden_state)
         start, end = (out.packing.pad(x, torch.finfo(x.dtype).min) for x in packed.unbind(1))
         if start_positions is None and end_positions is None and isinstance(input_ids, PackedBatch):
-            labels = _sequence_labels(None, input_ids, out.packing.batch)
+            labels = _sequence_labels(None, input_ids, out.packing)
+            if labels is not None and labels.shape[1:] != (2,):
+                raise ValueError(
+                    f"labels of spans are (sequences, 2), the first and last token, not {tuple(labels.shape)}"
+                )
             start_positions, end_positions = (None, None) if labels is None else labels.unbind(1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            positions = [_sequence_labels(p, None, out.packing.batch) for p in (start_positions, end_positions)]
+            positions = [_sequence_labels(p, None, out.packing) for p in (start_positions, end_positions)]
             loss = (_span_loss(start, positions[0], out.packing) + _span_loss(end, positions[1], out.packing)) / 2
         if isinstance(input_ids, PackedBatch):
             start, end = packed.unbind(1)
         return QuestionAnsweringOutput(loss, start, end, out.packing, out.hidden_states)
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of (rows, classes) logits over the rows that have a label."""
+    return F.cross_entropy(logits, _classes(labels))
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """The labels in one row. TypeError unless they are int64."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels and positions must be int64, not {labels.dtype}: convert them with .long()")
+    return labels.reshape(-1)
+
+
 def _span_loss(logits: Tensor, positions: Tensor, packing: Packing) -> Tensor:
     """The mean cross entropy of (batch, seq_len) logits over the sequences whose position is a valid token."""
     ignored = packing.seq_len
-    positions = positions.view(-1).clamp(0, ignored)
+    positions = _classes(positions).clamp(0, ignored)
+    if len(positions) != packing.batch:
+        raise ValueError(f"{len(positions)} positions for {packing.batch} sequences: give one a sequence")
     valid = packing.pad(torch.ones(packing.tokens, dtype=torch.bool, device=logits.device), False)
     outside = ~F.pad(valid, (0, 1)).gather(1, positions[:, None])[:, 0]
     return F.cross_entropy(logits, positions.masked_fill(outside, ignored), ignore_index=ignored)
@@ -400,18 +428,19 @@ def _restore(packed: Tensor, input_ids: Inputs, packing: Packing) -> Tensor:
     return packed if isinstance(input_ids, PackedBatch) else packing.pad(packed)
 
 
-def _from_batch(labels: Tensor | None, input_ids: Inputs) -> Tensor | None:
+def _from_batch(labels: Tensor | None, input_ids: Inputs, packing: Packing) -> Tensor | None:
     """The labels that were given, or those in the batch."""
-    if not isinstance(input_ids, PackedBatch) or input_ids.labels is None:
-        return labels
-    if labels is not None:
-        raise ValueError("labels are given twice, as an argument and in the PackedBatch: leave one of them out")
-    return input_ids.labels
+    if isinstance(input_ids, PackedBatch) and input_ids.labels is not None:
+        if labels is not None:
+            raise ValueError("labels are given twice, as an argument and in the PackedBatch: leave one of them out")
+        labels = input_ids.labels
+    check_tensors(packing.cu_seqlens.device, labels=labels)
+    return labels
 
 
 def _token_labels(labels: Tensor | None, input_ids: Inputs, packing: Packing) -> Tensor | None:
     """One label for each valid token, (tokens,)."""
-    labels = _from_batch(labels, input_ids)
+    labels = _from_batch(labels, input_ids, packing)
     if labels is None:
         return None
     packed = isinstance(input_ids, PackedBatch)
@@ -421,9 +450,12 @@ def _token_labels(labels: Tensor | None, input_ids: Inputs, packing: Packing) ->
     return labels if packed else packing.pack(labels)
 
 
-def _sequence_labels(labels: Tensor | None, input_ids: Inputs, sequences: int) -> Tensor | None:
-    """The labels, one row for each sequence."""
-    labels = _from_batch(labels, input_ids)
+def _sequence_labels(
+    labels: Tensor | None, input_ids: Inputs, packing: Packing, sequences: int | None = None
+) -> Tensor | None:
+    """The labels, one row for each sequence, of which there may be others than in the packing."""
+    labels = _from_batch(labels, input_ids, packing)
+    sequences = packing.batch if sequences is None else sequences
     if labels is not None and labels.shape[:1] != (sequences,):
         raise ValueError(f"labels have shape {tuple(labels.shape)} for {sequences} sequences: give one row a sequence")
     return labels

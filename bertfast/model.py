@@ -229,7 +229,15 @@ class BertModel(PretrainedModel):
             _refuse_beside_batch(attention_mask, token_type_ids, position_ids, inputs_embeds)
             batch, pad_output = input_ids, False
         else:
-            batch, inputs_embeds = _pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            given = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+            }
+            check_tensors(self.embeddings.word_embeddings.weight.device, **given)
+            batch, inputs_embeds = _pack(**given)
         self._check(batch, inputs_embeds, position_ids)
         packing = batch.packing
         hidden = self.embeddings(batch.input_ids, batch.position_ids, batch.token_type_ids, inputs_embeds)
@@ -292,8 +300,8 @@ def _pack(
     if tokens.dim() != (2 if inputs_embeds is None else 3):
         raise ValueError(f"{wanted} or a PackedBatch, not of shape {tuple(tokens.shape)}")
     packing = _packing(attention_mask, shape, tokens.device)
-    types = _rectangle("token_type_ids", token_type_ids, shape, tokens.device)
-    positions = _rectangle("position_ids", position_ids, shape, tokens.device)
+    types = _rectangle("token_type_ids", token_type_ids, shape)
+    positions = _rectangle("position_ids", position_ids, shape)
     if inputs_embeds is None:
         ids = packing.pack(input_ids)
     else:
@@ -316,11 +324,10 @@ def _packing(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) 
             f"attention_mask has shape {tuple(mask.shape)} where the tokens have {shape}: it needs one value, 0 or 1, "
             "for each token"
         )
-    _check_device("attention_mask", mask, device)
     return Packing.from_mask(mask)
 
 
-def _rectangle(name: str, ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+def _rectangle(name: str, ids: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """The ids as a rectangle of this shape; one row serves all sequences."""
     if ids is None:
         return None
@@ -328,10 +335,16 @@ def _rectangle(name: str, ids: Tensor | None, shape: tuple[int, ...], device: to
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)} where the tokens have {shape}: give one id for each token"
         )
-    _check_device(name, ids, device)
     return ids.expand(shape)
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, the tokens on {device}: move one of them with .to()")
+def check_tensors(device: torch.device, **given: Tensor | None) -> None:
+    """Raise unless each is None or a dense tensor on the device: TypeError, ValueError."""
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a dense tensor, not a {kind}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one of them with .to()")
