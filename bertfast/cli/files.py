@@ -10,20 +10,28 @@ from bertfast.cli.output import UsageError
 
 def check_model(model: str) -> None:
     """UsageError for what is neither a directory nor can be a hub id; a typing error in a path should say so."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return
-    if path.exists():
-        raise UsageError(f"{model} is a file: MODEL is the directory that holds config.json, or a hub id")
+    _directory(model)
+
+
+def _directory(model: str) -> Path | None:
+    """The directory that the model is; None for what can be a hub id. UsageError for everything else."""
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise UsageError(f"{model} is a file: MODEL is the directory that holds config.json, or a hub id")
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of somebody who is not known here
+        raise UsageError(f"there is no model directory {model!r}: {error}") from error
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.endswith("/") or not model.strip():
         raise UsageError(f"there is no model directory {model!r}")
+    return None
 
 
 def find(model: str, name: str) -> Path | None:
     """Where a file of the model lies on this machine, downloaded if need be; None where the model has no such file."""
-    check_model(model)
-    directory = Path(model).expanduser()
-    if directory.is_dir():
+    directory = _directory(model)
+    if directory is not None:
         path = directory / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download

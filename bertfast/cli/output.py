@@ -67,9 +67,9 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     Raises UsageError at once where no such file can be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory: name a file to write")
     try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory: name a file to write")
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
