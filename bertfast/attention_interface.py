@@ -4,7 +4,8 @@ transformers asks twice: once a forward for a mask, and in every layer for atten
 transformers' own for "sdpa", always. So whatever a model does to it on the way, and wherever a layer cannot run packed,
 "sdpa" takes over from there with stock's numbers. Where nothing but padding is masked, the mask is noted down with its
 `Packing`, and a layer that is handed this very mask drops the padding, attends inside each sequence, and puts zeros
-back in the padding.
+back in the padding. Heads that read padding positions (a pooler under left padding, the logits of spans) so see other
+numbers there than stock's; `bertfast.patch` has an option to keep them.
 """
 
 import functools
@@ -160,7 +161,9 @@ def attend(
             raise ValueError("cu_seq_lens under torch.compile or another tracer: their values cannot be checked there")
         return stock(query, key, value, attention_mask)
     row = _row(*borders, query, key, kwargs) if flat else None
-    plan = _plan(module, query, key, value, attention_mask, dropout, scaling, kwargs, row)
+    plan = _refuse_call(query, key, value, dropout, scaling, kwargs) or _plan(
+        module, query, attention_mask, kwargs.get("is_causal"), row
+    )
     counts["packed" if isinstance(plan, Packing) else plan] += 1
     if isinstance(plan, Packing):
         qkv = torch.stack([plan.pack(x.transpose(1, 2)) for x in (query, key, value)], dim=1)
@@ -189,41 +192,33 @@ _READ = INERT | {
 
 
 def _plan(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-    row: Packing | None,
+    module: nn.Module, query: Tensor, mask: Tensor | None, causal: bool | None, row: Packing | None
 ) -> Packing | Refusal:
-    """How the call is packed, or why it runs transformers' sdpa."""
-    reason = refuse_keywords({name: v for name, v in kwargs.items() if name not in _READ}) or _refuse_tensors(
-        query, key, value
-    )
-    if reason is not None:
-        return reason
-    if dropout >= 1.0:
-        return Refusal("a dropout of everything")
-    if isinstance(scaling, Tensor):
-        return Refusal("a scale that is a tensor")
+    """How a call that the op can take is packed, or why it runs transformers' sdpa."""
+    batch, _, seq_len, _ = query.shape
     if mask is None:
-        causal = kwargs.get("is_causal")
-        if query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+        if seq_len > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
             return Refusal("causal attention")
-        return row or Packing.full(query.shape[0], query.shape[2], query.device)
+        return row or Packing.full(batch, seq_len, query.device)
     packing = _noted(mask) if row is None and type(mask) is Tensor else None
-    if packing is None or (packing.batch, packing.seq_len) != (query.shape[0], query.shape[2]):
+    if packing is None or (packing.batch, packing.seq_len) != (batch, seq_len):
         return Refusal("a mask of more than padding")
     if not _attends_to_itself(type(module)):
         return Refusal("a module that may attend to another sequence")
     return packing
 
 
-def _refuse_tensors(query: Tensor, key: Tensor, value: Tensor) -> Refusal | None:
-    """Why the op cannot take these tensors, or stock would compute with others."""
+def _refuse_call(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, kwargs: dict[str, Any]
+) -> Refusal | None:
+    """Why the op cannot take these arguments, or stock would compute with others."""
+    reason = refuse_keywords({name: wanted for name, wanted in kwargs.items() if name not in _READ})
+    if reason is not None:
+        return reason
+    if dropout >= 1.0:
+        return Refusal("a dropout of everything")
+    if isinstance(scaling, Tensor):
+        return Refusal("a scale that is a tensor")
     if any(type(t) is not Tensor for t in (query, key, value)):
         return Refusal(f"a {type(query).__name__}")
     if query.dim() != 4 or query.numel() == 0:
@@ -246,16 +241,20 @@ def _refuse_tensors(query: Tensor, key: Tensor, value: Tensor) -> Refusal | None
 
 @functools.lru_cache
 def _has_kernel(device: torch.device, dtype: torch.dtype, head_size: int, chosen: str) -> bool:
-    """Whether a kernel takes such tensors; the reference is slower than sdpa. A backend chosen by name has to run."""
-    return chosen != "auto" or (
-        backend.explain("varlen_attention", device, dtype, (head_size, 1)).backend != "reference"
+    """Whether there are kernels for such tensors, for sequences of any length, both ways; the reference is slower than
+    sdpa. A backend that was chosen by name has to run.
+    """
+    shape = head_size, 1 << 31
+    return chosen != "auto" or all(
+        backend.explain(op, device, dtype, shape).backend != "reference"
+        for op in ("varlen_attention", "varlen_attention_backward")
     )
 
 
 # Of a module's forward that is given one sequence.
 _OWN = frozenset((
     "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache",
-    "output_attentions",
+    "cache_position", "output_attentions",
 ))  # fmt: skip
 
 
