@@ -63,7 +63,7 @@ def assert_alike(ours: Any, theirs: Any) -> None:
         for mine, other in zip(ours, theirs, strict=True):
             assert_alike(mine, other)
     elif hasattr(theirs, "__float__") and not isinstance(theirs, int):
-        assert abs(ours - theirs) <= TOLERANCE32
+        assert abs(ours - theirs) <= TOLERANCE32 * abs(theirs)  # among so many tokens, scores are small
     else:
         assert ours == theirs
 
