@@ -4,6 +4,7 @@ from importlib import metadata
 
 from bertfast import backend, ops
 from bertfast.architectures import Family, families, register_family
+from bertfast.attention_interface import register_attention
 from bertfast.config import BertConfig
 from bertfast.errors import BackendError, BertfastError, CheckpointError, UnsupportedModelError
 from bertfast.heads import (
@@ -49,6 +50,7 @@ __all__ = [
     "families",
     "ops",
     "patch",
+    "register_attention",
     "register_family",
     "unpatch",
 ]

@@ -16,6 +16,8 @@ from bertfast.layer import LayerParameters, LayerSettings
 
 _PLAIN = (nn.Parameter, Tensor)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The attention implementations whose masks are boolean; the second is bertfast.attention_interface's.
+SDPA = ("sdpa", "bertfast")
 # Keywords that change nothing in the layers: the first two are read above them, transformers 5 hands them all on.
 INERT = frozenset(("output_hidden_states", "num_items_in_batch", "position_ids", "cache_position"))
 
@@ -285,7 +287,7 @@ class LayerStructure(Structure):
         """Whether the stock attention adds its mask to the scores, be it boolean or not."""
         if "Sdpa" in type(self._self_attention).__name__:  # transformers 4 has a class for each implementation
             return False
-        return self.config is None or self.config._attn_implementation != "sdpa"
+        return self.config is None or self.config._attn_implementation not in SDPA
 
     def _find_activation(self) -> object:
         owner = self._activation_owner
@@ -340,7 +342,7 @@ def refuse_config(config: Any) -> Refusal | None:
     """What a configuration asks for that only stock code does; nothing if it is None."""
     if config is None:
         return None
-    if config._attn_implementation not in ("eager", "sdpa", None):
+    if config._attn_implementation not in ("eager", None, *SDPA):
         return Refusal(f"attention implementation {config._attn_implementation}")
     if config.output_attentions:
         return Refusal("attentions wanted")

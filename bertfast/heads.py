@@ -283,6 +283,8 @@ class BertForMultipleChoice(_Head):
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if not isinstance(input_ids, PackedBatch):
+            names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+            check_tensors(self.classifier.weight.device, **dict(zip(names, inputs, strict=True)))
             num_choices = _choices(input_ids, inputs_embeds, num_choices)
             inputs = tuple(None if t is None else _flatten(t) for t in inputs)
         elif num_choices is None or num_choices < 1 or input_ids.packing.batch % num_choices:
@@ -300,8 +302,8 @@ class BertForMultipleChoice(_Head):
 def _choices(input_ids: Tensor | None, inputs_embeds: Tensor | None, num_choices: int | None) -> int:
     """The number of choices that a rectangle has."""
     tokens, axes = (inputs_embeds, 4) if input_ids is None else (input_ids, 3)
-    if not isinstance(tokens, Tensor) or tokens.dim() != axes:
-        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+    if tokens is None or tokens.dim() != axes:
+        found = None if tokens is None else tuple(tokens.shape)
         raise ValueError(f"multiple choice takes (batch, choices, seq_len) tokens or a PackedBatch, not {found}")
     if num_choices not in (None, tokens.shape[1]):
         raise ValueError(f"num_choices is {num_choices}, but the tokens of shape {tuple(tokens.shape)} say otherwise")
@@ -310,9 +312,8 @@ def _choices(input_ids: Tensor | None, inputs_embeds: Tensor | None, num_choices
 
 def _flatten(rectangles: Tensor) -> Tensor:
     """(batch, choices, ...) to (batch * choices, ...)."""
-    if not isinstance(rectangles, Tensor) or rectangles.dim() < 3:
-        found = tuple(rectangles.shape) if isinstance(rectangles, Tensor) else f"a {type(rectangles).__name__}"
-        raise ValueError(f"multiple choice takes tensors of (batch, choices, seq_len), not {found}")
+    if rectangles.dim() < 3:
+        raise ValueError(f"multiple choice takes (batch, choices, seq_len) tensors, not {tuple(rectangles.shape)}")
     return rectangles.flatten(0, 1)
 
 

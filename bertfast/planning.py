@@ -14,6 +14,7 @@ from bertfast.architectures import Family, bind, is_legacy, parameters_of, stock
 from bertfast.calls import STATE, BackboneState, Frame, HeadCall, LayerState, calls, structure_of
 from bertfast.eligibility import (
     INERT,
+    SDPA,
     LayerStructure,
     Refusal,
     global_hooks,
@@ -138,7 +139,7 @@ def _small_mask(model: nn.Module, family: Family, mask: Tensor) -> Tensor:
     if is_legacy(family):
         return mask if family.legacy_masks == 2 else mask[:, None, :]
     valid = mask.bool()[:, None, None, :]
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation in SDPA:
         return valid
     dtype = model.embeddings.word_embeddings.weight.dtype
     zero = torch.zeros((), dtype=dtype, device=mask.device)

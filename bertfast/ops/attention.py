@@ -71,10 +71,7 @@ _UNKNOWN = -1
 
 
 def _scale(scale: float | None, head_size: int) -> float:
-    if scale is None:
-        return head_size**-0.5
-    registry.check_number("scale", scale)
-    return scale
+    return head_size**-0.5 if scale is None else registry.number("scale", scale)
 
 
 def _longest(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:

@@ -35,7 +35,7 @@ def residual_layer_norm(
     dropout, sum and norm is BERT's (post-LN).
     """
     registry.check_axes("x", x, "tokens", "hidden")
-    registry.check_number("eps", eps)
+    eps = registry.number("eps", eps)
     hidden = x.shape[1:]
     likes = {"residual": (residual, x.shape), "weight": (weight, hidden), "bias": (bias, hidden)}
     registry.check_like(x, **likes if x_bias is None else likes | {"x_bias": (x_bias, hidden)})

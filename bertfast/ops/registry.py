@@ -51,7 +51,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
     """The checked dropout probability, and its seed: drawn where none was given, None where nothing is dropped."""
-    check_number("dropout_p", p)
+    p = number("dropout_p", p)
     if p == 0.0:
         return 0.0, None
     if not 0.0 < p < 1.0:
@@ -80,10 +80,11 @@ def check_axes(name: str, tensor: Tensor, *axes: str) -> None:
         raise TypeError(f"{name} must be floating-point, not {tensor.dtype}")
 
 
-def check_number(name: str, value: float) -> None:
-    """Raise unless this is a number."""
+def number(name: str, value: float) -> float:
+    """The value; TypeError unless it is a number."""
     if not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be a number, not {_describe(value)}")
+    return float(value)
 
 
 def _describe(value: object) -> str:
