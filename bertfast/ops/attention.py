@@ -57,8 +57,11 @@ def varlen_attention(
             raise ValueError(
                 f"order must be ({sequences},) int32 on {qkv.device}, not {tuple(order.shape)} {order.dtype}"
             )
-    if max_seqlen is not None and not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen must be an integer, not a {type(max_seqlen).__name__}")
+    if max_seqlen is not None:
+        if not isinstance(max_seqlen, (int, torch.SymInt)):
+            raise TypeError(f"max_seqlen must be an integer, not a {type(max_seqlen).__name__}")
+        if not 0 <= max_seqlen < 2**63:
+            raise ValueError(f"max_seqlen must be at least 0 and below 2^63, not {max_seqlen}")
     scale = _scale(scale, qkv.shape[3])
     max_seqlen = _UNKNOWN if max_seqlen is None else max_seqlen
     dropout_p, seed = registry.dropout_arguments(dropout_p, seed, qkv.device)
