@@ -1,8 +1,9 @@
 """transformers' Trainer on a patched model: the losses of a stock one step by step, and that the fused path ran."""
 
 import copy
+import gc
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 LOSS_TOLERANCE = 2e-5
 # The bias of the keys changes no softmax. Its gradient is nothing but rounding, and moves it by the learning rate.
 KEY_BIAS = re.compile(r"\.(key|k_lin|k)\.bias$")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage_to_look_at() -> Iterator[None]:
+    """Every training begins by collecting garbage, which takes longer than its steps where much has been imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
