@@ -16,6 +16,7 @@ import torch
 from small_models import SETTINGS
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from bertfast.errors import UnsupportedModelError
 from bertfast.patching import explain, patch, unpatch
@@ -177,7 +178,7 @@ def test_torch_export(name: str) -> None:
     note("torch.export", name, "stock")
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "DistilBertModel"])
 def test_torch_jit_trace(name: str) -> None:
     stock, patched = pair(name, attention="eager")
@@ -240,6 +241,18 @@ def test_forward_mode_differentiation() -> None:
         return dict(enumerate(out))
 
     assert_same(jvp(patched), jvp(stock))
+    assert ran(patched) == {}
+
+
+def test_modes_that_count_operations() -> None:
+    stock, patched = pair("BertModel")
+    call = call_of("BertModel", MASK)
+    counts = []
+    for model in (patched, stock):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**call)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
     assert ran(patched) == {}
 
 
@@ -419,6 +432,18 @@ def test_pruned_weights() -> None:
     compare(patched, stock, call)
     assert ran(patched) == {"rectangle": 1, "packed": 1}
     note("torch.nn.utils.prune", name, "rectangle")
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", BASES)
+def test_quantized_layers(name: str) -> None:
+    stock, patched = pair(name, dtype=torch.float32)
+    call = call_of(name, MASK)
+    ours, theirs = (torch.ao.quantization.quantize_dynamic(model, {nn.Linear}) for model in (patched, stock))
+    with torch.no_grad():
+        assert_same(visible(ours(**call), MASK), visible(theirs(**call), MASK), TOLERANCE32)
+    assert path_of(ours) == "stock" and "quantized" in reasons(ours)
+    note("quantize_dynamic", name, "stock")
 
 
 def test_accelerate_prepares_and_offloads() -> None:

@@ -168,6 +168,22 @@ def test_batches_that_never_were_padded(name: str, tmp_path: Path) -> None:
     note("Trainer, batches that never were padded", name, "packed")
 
 
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    losses = []
+    for model in (build(CLASSIFIER, dtype=torch.float32), patch(build(CLASSIFIER, dtype=torch.float32))):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config)
+        losses.append(train(adapted, tmp_path, CLASSIFIER))
+    assert_close(losses[1], losses[0])
+    assert ran(model) == {"stock": STEPS}
+    merged = adapted.merge_and_unload().eval()
+    merged(torch.tensor([[5, 6, 7]]))
+    assert ran(merged) == {"stock": STEPS, "packed": 1}
+    note("Trainer, PEFT LoRA", CLASSIFIER, "stock")
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_bfloat16_autocast(family: str, tmp_path: Path) -> None:
     name = FAMILIES[family].prefix + "ForSequenceClassification"
