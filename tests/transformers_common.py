@@ -1,8 +1,9 @@
 """transformers' own common tests of models, and for them small models of every family that `patch` knows.
 
 The tests are those in the source distribution of exactly the installed version: `make test` unpacks it beside its
-environment, and nothing of it is kept here. It carries the mixins that every model of transformers is tested with, but
-neither the tests of single models, in whose place `case_of` stands, nor the mixins for generation and export.
+environment, and nothing of it is kept here. It carries the mixin that every model of transformers is tested with, and
+one for training, but neither the tests of single models, in whose place `case_of` stands, nor the mixins for generation
+and export. Those for sharding need modules that are not distributed either, and the one for pipelines needs the hub.
 """
 
 import functools
@@ -135,13 +136,10 @@ class _ForPreTraining:
         return inputs
 
 
-# In what transformers' own tests of these families set the mixins apart.
 _FLAGS = {
-    "distilbert": {"test_resize_position_embeddings": True},
-    "mpnet": {"test_pruning": False, "test_resize_embeddings": False},
+    "distilbert": {"test_resize_position_embeddings": True},  # the others cannot
+    "mpnet": {"test_pruning": False},  # which its relative positions do not survive
 }
-
-
 # Where a family is the code of another one under other names, as these are RoBERTa's, a few are enough.
 _HEADS = dict.fromkeys(("xlm-roberta", "camembert"), ("Model", "ForMaskedLM", "ForQuestionAnswering"))
 
@@ -157,6 +155,8 @@ def case_of(name: str) -> type[unittest.TestCase]:
     content = {
         "model_tester": ModelTester(family),
         "all_model_classes": tuple(getattr(transformers, family.prefix + head) for head in _HEADS.get(name, heads)),
+        "test_can_init_all_missing_weights_before_2023": True,
+        # A model learns its batch by heart in a third of the steps, if they are larger.
         "training_overfit_seq_length": 24,
         "training_overfit_steps": 100,
         "training_overfit_learning_rate": 4e-3,
