@@ -157,6 +157,22 @@ def test_arguments_of_base_models(name: str) -> None:
     assert ran(patched) == {"packed": len(others)}, reasons(patched)
 
 
+@pytest.mark.skipif(LEGACY, reason="transformers 4 takes no such masks, or none that all families take")
+@pytest.mark.parametrize(("name", "attention"), [pair for pair in PAIRS if pair[0] in BASES])
+def test_masks_for_each_query(name: str, attention: str) -> None:
+    """(batch, 1, queries, keys), which no padding says: the fused layers on the rectangle, with that very mask."""
+    stock, patched = pair(name, attention=attention)
+    torch.manual_seed(3)
+    seen = (torch.rand(BATCH, 1, SEQ_LEN, SEQ_LEN) < 0.7) | torch.eye(SEQ_LEN, dtype=torch.bool)
+    given = seen if attention == "sdpa" else torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -1e300)
+    call = call_of(name, None) | {"attention_mask": given}
+    assert_agree(patched, stock, call, None)
+    whole = patched(**call_of(name, None))[0]
+    assert (whole - patched(**call)[0]).abs().max() > 1e-3
+    assert ran(patched) == {"rectangle": 2, "packed": 1}
+    note("a mask for each query", name, "rectangle")
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_dropout_in_training(name: str) -> None:
     """Seeded runs repeat, others differ, and what is not dropped is scaled as stock scales it."""

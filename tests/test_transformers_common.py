@@ -45,11 +45,10 @@ def test_as_on_stock(family: str, test: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched_models_ran_fused(family: str) -> None:
-    tests = ("test_determinism", "test_training", "test_model_outputs_equivalence", "test_save_load")
-    outcomes = [run(family, test, bertfast.patch) for test in tests]
+    outcomes = [run(family, test, bertfast.patch) for test in ("test_determinism", "test_training")]
     paths = sum((outcome.paths for outcome in outcomes), Counter())
     classes = len(case_of(family).all_model_classes)
-    assert paths["packed"] >= 4 * classes and paths["rectangle"] >= 3 * classes, paths
+    assert paths["packed"] >= classes and paths["rectangle"] >= classes - 1 and not paths["stock"], paths
 
 
 def test_a_patch_that_changes_more_is_noticed() -> None:
