@@ -626,7 +626,14 @@ def run_command(words: Sequence[str]) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-@examples(60)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_single_mistakes(places: dict[str, str], command: str) -> None:
+    for name in COMMANDS[command]:
+        for value in BAD[name]:
+            _assert_one_line(run_command(command_line(command, {name: value}, places)))
+
+
+@examples(40)
 @given(st.sampled_from(tuple(COMMANDS)), st.data())
 def test_command_lines(places: dict[str, str], command: str, data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(COMMANDS[command]), min_size=1, max_size=2, unique=True), label="which")
