@@ -134,8 +134,9 @@ def linear(
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
-    if strange := [type(t).__name__ for t in (x, *weights, *biases) if not isinstance(t, Tensor)]:
-        raise TypeError(f"x, weight and bias must be tensors, not {', '.join(strange)}")
+    registry.check_tensor("x", x)
+    if strange := [type(t).__name__ for t in (*weights, *biases) if not isinstance(t, Tensor)]:
+        raise TypeError(f"weight and bias must be tensors, not {', '.join(strange)}")
     if packed is not None and not isinstance(packed, PackedWeights):
         raise TypeError(f"packed must be a PackedWeights, not a {type(packed).__name__}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

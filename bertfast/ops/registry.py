@@ -58,7 +58,8 @@ def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tu
         raise ValueError(f"dropout_p must be in [0, 1), not {p}")
     if seed is None:
         return p, draw_seed(device)
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (1,):
+    check_tensor("seed", seed)
+    if seed.dtype != torch.int64 or seed.shape != (1,):
         raise TypeError(f"seed must be an int64 tensor of shape (1,), not {_describe(seed)}")
     if seed.device != device:
         raise ValueError(f"seed is on {seed.device}, the input on {device}: move it with .to()")
