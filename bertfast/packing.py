@@ -4,12 +4,15 @@ Packed means that the valid tokens of all sequences lie behind one another in on
 of the rectangle they came from, with `cu_seqlens` marking the borders.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_MOST_TOKENS = 2**31 - 1  # what cu_seqlens can count
+_INTEGERS = (int, torch.SymInt)
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,21 @@ class Packing:
 
     @classmethod
     def full(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> "Packing":
-        """The packing of a rectangle without padding."""
+        """The packing of a rectangle without padding. Raises ValueError / TypeError for sizes that are none."""
+        if not isinstance(batch, _INTEGERS) or not isinstance(seq_len, _INTEGERS):
+            raise TypeError(f"batch and seq_len must be integers, not {batch!r} and {seq_len!r}")
+        known = isinstance(batch, int) and isinstance(seq_len, int)  # and no symbols of a trace, which would be bound
+        if known and (batch < 0 or seq_len < 0 or batch * seq_len > _MOST_TOKENS):
+            raise ValueError(f"({batch}, {seq_len}) is no rectangle of at most 2^31 - 1 tokens")
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
         return cls(cu_seqlens, None, batch, seq_len, (seq_len,) * batch, seq_len if batch else 0)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
         """The packing of sequences of these lengths; its rectangle is right-padded to the longest."""
-        host = torch.tensor([0, *lengths], dtype=torch.int64)
-        if (host < 0).any():
-            raise ValueError(f"lengths must not be negative: {list(lengths)}")
+        host = _integers([0, *lengths], "lengths")
+        if (host < 0).any() or host.sum() > _MOST_TOKENS:
+            raise ValueError(f"lengths must not be negative, nor more than 2^31 - 1 in all: {list(lengths)}")
         seq_len, batch = max(lengths, default=0), len(lengths)
         if all(n == seq_len for n in lengths):
             return cls.full(batch, seq_len, device)
@@ -97,6 +105,7 @@ class Packing:
 
     def pack(self, rectangle: Tensor) -> Tensor:
         """(batch, seq_len, ...) to (tokens, ...); a view where there is no padding."""
+        check_dense("the rectangle", rectangle, self.cu_seqlens.device)
         if rectangle.shape[:2] != (self.batch, self.seq_len):
             raise ValueError(f"expected ({self.batch}, {self.seq_len}, ...), got a tensor of {tuple(rectangle.shape)}")
         flat = rectangle.flatten(0, 1)
@@ -104,6 +113,9 @@ class Packing:
 
     def pad(self, packed: Tensor, value: float = 0.0) -> Tensor:
         """(tokens, ...) to (batch, seq_len, ...) with `value` in the padding; a view where there is none."""
+        check_dense("packed", packed, self.cu_seqlens.device)
+        if packed.shape[:1] != (self.tokens,):
+            raise ValueError(f"expected ({self.tokens}, ...), got a tensor of {tuple(packed.shape)}")
         shape = (self.batch, self.seq_len, *packed.shape[1:])
         if self.indices is None:
             return packed.view(shape)
@@ -133,8 +145,20 @@ class Packing:
         return (sums - before.repeat_interleave(self.cu_seqlens.diff(), output_size=self.tokens)) * counted
 
 
+def check_dense(name: str, tensor: Tensor, device: torch.device | None = None) -> None:
+    """TypeError unless this is a dense tensor; ValueError where it is on another device."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a dense tensor, not a {kind}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the packing on {device}: move one of them with .to()")
+
+
 def check_mask(mask: Tensor) -> None:
     """Raise unless the mask is a (batch, seq_len) tensor of numbers."""
+    check_dense("attention_mask", mask)
+    if mask.is_meta:
+        raise ValueError("attention_mask is on meta, where tensors have no values")
     if mask.dim() != 2:
         raise ValueError(f"attention_mask must be (batch, seq_len), not of shape {tuple(mask.shape)}")
     if mask.dtype.is_complex:
@@ -184,10 +208,10 @@ class PackedBatch:
         packing = Packing.from_lengths(lengths, device)
         positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.int64)
         return cls(
-            _concatenate(input_ids).to(device),
+            _concatenate(input_ids, "input_ids").to(device),
             positions.to(device),
             packing,
-            None if token_type_ids is None else _concatenate(token_type_ids).to(device),
+            None if token_type_ids is None else _concatenate(token_type_ids, "token_type_ids").to(device),
             None if labels is None else _labels(labels, lengths, token_labels).to(device),
             token_labels,
         )
@@ -220,19 +244,33 @@ class PackedBatch:
         return replace(self, packing=packing, **moved)
 
 
-def _concatenate(lists: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([i for ids in lists for i in ids], dtype=torch.int64)
+def _concatenate(lists: Sequence[Sequence[int]], name: str) -> Tensor:
+    return _integers([i for ids in lists for i in ids], name)
+
+
+def _integers(values: list[int], name: str) -> Tensor:
+    """(n,) int64. ValueError for anything but integers, which torch.tensor would cut down to some."""
+    try:
+        found = torch.tensor(values) if values else torch.zeros(0, dtype=torch.int64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be integers: {error}") from error
+    if found.dtype is not torch.int64 or found.dim() != 1:
+        raise ValueError(f"{name} must be integers, not {found.dtype} of shape {tuple(found.shape)}")
+    return found
 
 
 def _labels(labels: Sequence, lengths: list[int], token_labels: bool) -> Tensor:
     if len(labels) != len(lengths):
         raise ValueError(f"{len(labels)} labels for {len(lengths)} sequences")
     if not token_labels:
-        return torch.tensor(labels)
+        try:
+            return torch.tensor(labels)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"labels must be numbers, or lists of as many numbers: {error}") from error
     if wrong := [i for i, (row, n) in enumerate(zip(labels, lengths, strict=True)) if len(row) != n]:
         i = wrong[0]
         raise ValueError(f"sequence {i} has {lengths[i]} tokens and {len(labels[i])} labels")
-    return _concatenate(labels)
+    return _concatenate(labels, "labels")
 
 
 @dataclass(frozen=True)
@@ -253,6 +291,10 @@ class PackingCollator:
         known = {"input_ids", "token_type_ids", "attention_mask", "labels", "label"}
         if not features:
             raise ValueError("no features to collate")
+        if strange := [f for f in features if not isinstance(f, Mapping)]:
+            raise TypeError(f"features must be mappings, as tokenizers return them, not a {type(strange[0]).__name__}")
+        if any(f.keys() != features[0].keys() or "input_ids" not in f for f in features):
+            raise ValueError(f"features must all have input_ids, and the same keys: {[sorted(f) for f in features]}")
         if unknown := set().union(*features) - known:
             raise ValueError(f"features hold {sorted(unknown)}, which a PackedBatch has no place for: drop them first")
         if any(0 in f.get("attention_mask", ()) for f in features):

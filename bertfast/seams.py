@@ -54,7 +54,7 @@ class EmbeddingsSeam:
             arguments = bind(stock_class(type(self)), args, kwargs)
             out = _embed(self, frame, arguments)
             if type(out) is not Refusal:
-                return out.view(*arguments["input_ids"].shape, -1) if packing is None else packing.pad(out)
+                return out.view(*arguments["input_ids"].shape, out.shape[1]) if packing is None else packing.pad(out)
             if frame is not None:
                 frame.reasons.add(out)
                 if packing is not None and packing.is_flat and arguments.get("position_ids") is None:
@@ -68,7 +68,9 @@ _EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
 def _embed(module: nn.Module, frame: Frame | None, arguments: dict[str, Any]) -> Tensor | Refusal:
     """The fused embeddings, (tokens, hidden): of a packed call's tokens, or of the whole rectangle."""
     ids, types, positions = (arguments.get(name) for name in _EMBEDDED)
-    if ids is None or any(isinstance(v, Tensor) or v for name, v in arguments.items() if name not in _EMBEDDED):
+    if not isinstance(ids, Tensor) or any(
+        isinstance(v, Tensor) or v for name, v in arguments.items() if name not in _EMBEDDED
+    ):
         return Refusal("embeddings: given as a tensor")
     state = module.__dict__[STATE]
     if frame is not None and frame.snapshot is not None and frame.snapshot.embeddings is module:
@@ -83,8 +85,14 @@ def _embed(module: nn.Module, frame: Frame | None, arguments: dict[str, Any]) ->
     batch, seq_len = ids.shape
     packing = (frame and frame.packing) or Packing.full(batch, seq_len, ids.device)
     for given in (positions, types):
-        if given is not None and (given.dim() != 2 or given.shape[1] != seq_len or given.shape[0] not in (1, batch)):
-            return Refusal("embeddings: position_ids or token_type_ids of another shape")
+        if given is not None and not (
+            isinstance(given, Tensor)
+            and given.dtype in (torch.int64, torch.int32)
+            and given.dim() == 2
+            and given.shape[1] == seq_len
+            and given.shape[0] in (1, batch)
+        ):
+            return Refusal("embeddings: position_ids or token_type_ids that are not (batch, seq_len) integers")
 
     def packed(given: Tensor) -> Tensor:
         return packing.pack(given.expand(batch, seq_len)).long()
@@ -306,7 +314,7 @@ def _rectangle_attention(
     p = reading.settings.attention_dropout
 
     def attend(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.view(batch, seq_len, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(batch, seq_len, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
         added = total if total.dtype == torch.bool else total.to(q.dtype)
         if eager:  # the two do not agree on rows without any valid key
             scores = q @ k.transpose(2, 3) * reading.scale + added

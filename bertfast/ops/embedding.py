@@ -39,10 +39,20 @@ def embed_layer_norm(
     names the first id outside its table (on the CPU; a GPU cannot say without waiting, and its kernels give such a
     token NaN), ValueError / TypeError where shapes, dtypes or devices do not fit. Source: Devlin et al. 2019, figure 2.
     """
+    for name, table in (("word", word), ("position", position), ("token_type", token_type)):
+        registry.check_axes(name, table, "rows", "hidden")
+    eps = registry.number("eps", eps)
+    for name, row, table in (
+        ("padding_idx", padding_idx, word),
+        ("position_padding_idx", position_padding_idx, position),
+    ):
+        if row is not None and (not isinstance(row, int) or not 0 <= row < len(table)):
+            raise ValueError(f"{name} must be one of the {len(table)} rows of its table or None, not {row!r}")
     hidden = word.shape[1:]
     for name, ids in (("input_ids", input_ids), ("position_ids", position_ids), ("token_type_ids", token_type_ids)):
-        if ids is None:
+        if ids is None and name == "token_type_ids":
             continue
+        registry.check_tensor(name, ids)
         if ids.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, not {ids.dtype}: convert it with .long()")
         if ids.shape != input_ids.shape or ids.dim() != 1:
