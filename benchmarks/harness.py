@@ -33,7 +33,7 @@ _PREPARING = 0.4  # of all the time, at most, for peers that are slow to prepare
 _ROUNDS = 0.7  # of what is left, for rounds; the rest for preparing and comparing what comes
 _SETTLE = 0.01  # seconds between calls on a CPU
 _ENERGY = 2.0  # seconds: the card's counter moves some ten times a second
-_COMPARING = 0.4  # of a case's share of the time, at most, for preparing and comparing peers that need not be there
+_COMPARING = 0.4  # of a case's share of the time, at most, for first calls of peers that need not be there
 _TRAINING_WORK = 3  # forwards that a training step is worth, about
 _OWN_MEMORY = ("onnxruntime", "openvino", "ctranslate2")  # which PyTorch's records do not have
 
@@ -192,6 +192,7 @@ class Harness:
         self._end = time.monotonic() + seconds
         self._contenders = Contenders(device, threads, _PREPARING * seconds, self.needed)
         self._stock: tuple[tuple[str, str], nn.Module] | None = None
+        self._comparing = 0.0  # seconds that the case at hand has left for first calls
         self._meter = None
         if device == "cuda":
             self._meter = Meter.find(str(torch.cuda.get_device_properties(0).uuid))
@@ -227,8 +228,8 @@ class Harness:
             return self._refuse_all(case, Refused("skipped", reason))
         batches = workload.batches(stock.config.vocab_size)
         batches = [{name: t.to(self.device) for name, t in batch.items()} for batch in batches]
-        until = time.monotonic() + self.left() * share * _COMPARING
-        candidates = dict((self._trained if workload.training else self._inferred)(case, stock, batches, until))
+        self._comparing = self.left() * share * _COMPARING
+        candidates = dict((self._trained if workload.training else self._inferred)(case, stock, batches))
         costs = {key: one_call(c.call, self.device)[1] for key, c in candidates.items()}
         seconds = self.left() * _ROUNDS * share
         chosen = fitting(costs, seconds, self.needed)
@@ -263,28 +264,24 @@ class Harness:
                     if precision in peer.precisions and not (case.workload.training and precision == "int8"):
                         yield peer, precision
 
-    def _in_time(self, case: Case, until: float) -> Iterator[tuple[Peer, str]]:
-        """The same, until the case's time for comparing is over; the rest get their records."""
-        for peer, precision in self._keys(case):
-            if peer.name in self.needed or time.monotonic() < until:
-                yield peer, precision
-            else:
-                late = Refused("skipped", f"the workload's time for preparing peers is used up: {OUT_OF_TIME}")
-                self._refuse(case, (peer.name, precision), late)
+    def _late(self, key: Key) -> Refused | None:
+        """Why a peer that is ready is not even called once: the case's time for that is over."""
+        if key[0] in self.needed or self._comparing > 0:
+            return None
+        return Refused("skipped", f"the workload's time for first calls is used up: {OUT_OF_TIME}")
 
-    def _inferred(
-        self, case: Case, stock: nn.Module, batches: list[Batch], until: float
-    ) -> Iterator[tuple[Key, Candidate]]:
+    def _inferred(self, case: Case, stock: nn.Module, batches: list[Batch]) -> Iterator[tuple[Key, Candidate]]:
         """The peers whose outputs are right; the others get their records."""
         head, largest = case.workload.head, max(batches, key=lambda batch: batch["input_ids"].numel())
         work = sum(step.flops for step in self._steps(case, stock, "float32"))
         right = accuracy.gold(stock, batches, head, accuracy.wide(work))
-        for peer, precision in self._in_time(case, until):
+        for peer, precision in self._keys(case):
             key = peer.name, precision
-            ready = self._contenders.get(peer, stock, head, precision, batches[0])
+            ready = self._late(key) or self._contenders.get(peer, stock, head, precision, batches[0])
             if isinstance(ready, Refused):
                 self._refuse(case, key, ready)
                 continue
+            begin = time.monotonic()
             try:
                 output, first = one_call(partial(ready.run, batches[0]), self.device)
                 # The others one at a time: an engine may use its memory again.
@@ -293,24 +290,25 @@ class Harness:
             except Exception as exception:
                 self._refuse(case, key, Refused("failed", f"{type(exception).__name__}: {one_line(exception)}"))
                 continue
+            finally:
+                self._comparing -= time.monotonic() - begin
             if self._accurate(case, key, error):
                 call = partial(_run_all, ready.run, batches)
                 yield key, Candidate(call, partial(ready.run, largest), ready.seconds, first, error)
 
-    def _trained(
-        self, case: Case, stock: nn.Module, batches: list[Batch], until: float
-    ) -> Iterator[tuple[Key, Candidate]]:
+    def _trained(self, case: Case, stock: nn.Module, batches: list[Batch]) -> Iterator[tuple[Key, Candidate]]:
         """The peers whose loss and gradients are right; the others get their records."""
         batch = training.labelled(batches[0])
         work = sum(step.flops for step in self._steps(case, stock, "float32"))
         right = training.gold(stock, batch, accuracy.wide(work))
-        for peer, precision in self._in_time(case, until):
+        for peer, precision in self._keys(case):
             key = peer.name, precision
             setting = self._contenders.setting(stock, "mlm", precision, batch)
-            ready = self._contenders.attempt(peer, partial(peer.trainable, setting))
+            ready = self._late(key) or self._contenders.attempt(peer, partial(peer.trainable, setting))
             if isinstance(ready, Refused):
                 self._refuse(case, key, ready)
                 continue
+            begin = time.monotonic()
             try:
                 error = training.errors(right, training.gradients(ready.run, batch, precision))
                 step = training.step(ready.run, batch, precision)
@@ -318,6 +316,8 @@ class Harness:
             except Exception as exception:
                 self._refuse(case, key, Refused("failed", f"{type(exception).__name__}: {one_line(exception)}"))
                 continue
+            finally:
+                self._comparing -= time.monotonic() - begin
             if self._accurate(case, key, error):
                 yield key, Candidate(step, step, ready.seconds, first, error)
 
