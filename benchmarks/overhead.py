@@ -19,15 +19,15 @@ from torch import nn
 
 import bertfast
 from benchmarks import models
-from benchmarks.harness import timed
 from benchmarks.report.lines import ALONE
 from benchmarks.results import SUITE, Writer
 from benchmarks.workloads import Batch, Workload, find_workload
 from bertfast import machine
-from bertfast.measure import Ratio, Summary
+from bertfast.measure import Ratio, Summary, interleave
+from bertfast.noise import Watch
 
 WORKLOADS = (("1x16", "minilm"), ("1x16", "base"), ("1x128", "base"), ("32x128 ragged", "base"))
-_PATCHES = 21
+_PATCHES, _ROUNDS = 21, 20
 
 
 def calls(stock: nn.Module, batch: Batch) -> dict[str, Callable[[], Any]]:
@@ -60,11 +60,11 @@ def measure(writer: Writer, workload: Workload, model: str, seconds: float) -> N
     (batch,) = workload.batches(stock.config.vocab_size)
     ready = calls(stock, batch)
     with torch.inference_mode():  # after the models are made: their weights are packed only where writes are counted
-        for call in ready.values():
-            call()
-        found = timed(ready, "cpu", seconds)
-    alone = found.seconds[ALONE]
-    for peer, times in found.seconds.items():
+        with Watch() as watch:
+            # Both are PyTorch's own threads: no rest in between, and as many rounds as a thousandth of a call takes.
+            found = interleave(ready, seconds=seconds, least=_ROUNDS, warmup=3)
+    alone = found[ALONE]
+    for peer, times in found.items():
         summary, ratio = Summary.of(times), Ratio.of(times, alone)
         over = statistics.median(a - b for a, b in zip(times, alone, strict=True))
         writer.write(
@@ -89,7 +89,7 @@ def measure(writer: Writer, workload: Workload, model: str, seconds: float) -> N
             overhead_s=over,
             overhead={"value": ratio.value - 1, "low": ratio.low - 1, "high": ratio.high - 1},
             patch_s=statistics.median(patching),
-            noise=found.noise.to_dict(),
+            noise=watch.noise.to_dict(),
         )
         print(
             f"{workload.name:14} {model:7} {peer:16} {1e3 * summary.median:9.3f} ms {1e6 * over:+8.0f} µs", flush=True

@@ -33,7 +33,8 @@ def take(arguments: dict[str, Any], takes_positions: bool) -> Packing | None:
         row = batch.flattened()
         if takes_positions:
             row["position_ids"] = batch.position_ids[None]
-        given = [name for name in ("attention_mask", *_BY_TOKEN[1:], *BORDERS) if arguments.get(name) is not None]
+        said = ("attention_mask", *_BY_TOKEN[1:], *BORDERS, *(("labels",) if batch.labels is not None else ()))
+        given = [name for name in said if arguments.get(name) is not None]
         if given:
             raise ValueError(f"{', '.join(given)} given beside a PackedBatch, which says everything itself")
         arguments.update((name, value) for name, value in row.items() if name not in BORDERS)

@@ -54,6 +54,8 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def _take_flattened(model: nn.Module, family: Family, arguments: dict[str, Any]) -> Packing | None:
+    if arguments.get("cu_seq_lens_q") is not None and model.config._attn_implementation not in ("eager", *SDPA):
+        return None  # stock code's own attention honours the borders
     takes_positions = family.positions == "columns" and "position_ids" in parameters_of(type(model))
     return flattened.take(arguments, takes_positions)
 
