@@ -59,10 +59,10 @@ def measure(writer: Writer, workload: Workload, model: str, seconds: float) -> N
     patching = seconds_to_patch(stock)
     (batch,) = workload.batches(stock.config.vocab_size)
     ready = calls(stock, batch)
-    with torch.inference_mode():  # after the models are made: their weights are packed only where writes are counted
-        with Watch() as watch:
-            # Both are PyTorch's own threads: no rest in between, and as many rounds as a thousandth of a call takes.
-            found = interleave(ready, seconds=seconds, least=_ROUNDS, warmup=3)
+    # Inference mode begins after the models are made: weights are packed only where writes to them are counted.
+    with torch.inference_mode(), Watch() as watch:
+        # Both run on PyTorch's own threads, so there is no rest in between; many rounds tell a thousandth of a call.
+        found = interleave(ready, seconds=seconds, least=_ROUNDS, warmup=3)
     alone = found[ALONE]
     for peer, times in found.items():
         summary, ratio = Summary.of(times), Ratio.of(times, alone)
