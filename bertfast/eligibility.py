@@ -77,8 +77,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def watch_module(guard: Guard, module: nn.Module) -> None:
     """Note that the module is of its class, with no hook and no forward of its own."""
     guard.type(module)
-    for hooks in HOOKS:
-        guard.entry(module.__dict__, hooks)
+    for hooks in HOOKS:  # which are registered in these dicts; nobody puts others in their place
         guard.empty(module.__dict__[hooks])
     guard.entry(module.__dict__, "forward")
 

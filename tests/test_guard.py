@@ -29,7 +29,7 @@ def compare(request: pytest.FixtureRequest) -> Callable[[list], bool]:
         return guard.holds
     if native.cpu is None:
         pytest.skip("bertfast._cpu is not built")
-    return native.cpu.holds
+    return lambda facts: native.cpu.Facts(facts).hold()
 
 
 def noted() -> tuple[nn.Module, dict, Guard]:
