@@ -510,7 +510,10 @@ def test_patched_calls(subject: Subject, call: Call, dtype: torch.dtype, grad: b
         assert not state.calls.frames and not state.calls.heads
         if isinstance(theirs, Exception):
             kind = RuntimeError if isinstance(theirs, RuntimeError) else type(theirs)
-            assert isinstance(ours, (kind, *USUAL, IndexError)), (ours, theirs)
+            # Of no tokens at all stock fails to guess a shape; ours gives no tokens.
+            empty = any(isinstance(v, torch.Tensor) and not v.numel() for v in given_.values())
+            fine = empty and not isinstance(ours, Exception)
+            assert fine or isinstance(ours, (kind, *USUAL, IndexError)), (ours, theirs)
         else:
             assert not isinstance(ours, Exception), (ours, theirs)
             _compare(

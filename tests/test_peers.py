@@ -366,11 +366,10 @@ def test_a_model_of_another_library_is_refused(name):
 
 
 def test_models_that_single_engines_do_not_know_are_refused(models):
-    distilled = transformers.DistilBertModel(
-        transformers.DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2)
-    )
+    config = transformers.AlbertConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    other = transformers.AlbertModel(config)
     with pytest.raises(Unavailable, match="no supported model in this"):
-        PEERS["bertfast"].prepare(setting(distilled))
+        PEERS["bertfast"].prepare(setting(other))
     with pytest.raises(Unavailable, match="packed-encoders takes models of type 'modernbert' here, not 'bert'"):
         PEERS["packed-encoders"].prepare(setting(models[""], precision="bfloat16"))
     tanh = make_model()

@@ -16,12 +16,22 @@ pytest.importorskip("transformers")
 pytest.importorskip("parameterized")
 
 from stock_models import FAMILIES
+from transformers.utils import logging
 from transformers_common import DIRECTORY, case_of, differences, names_of, run
 
 import bertfast
 
 if not DIRECTORY.is_dir():
     pytest.skip(f"needs transformers' own tests in {DIRECTORY}: make test puts them there", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_logged() -> Iterator[None]:
+    """Some of the tests look for them, and whatever ran before in this process may have turned them off."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(autouse=True, scope="module")
