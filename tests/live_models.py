@@ -1,10 +1,7 @@
-"""What tests of seams share beside `agreement`: a fixture, the path of all calls, the gradients of a model's loss."""
+"""What tests of seams share beside `agreement`: the path of all calls, the gradients of a model's loss."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-import torch
 from agreement import TOLERANCE, ran
 from torch import Tensor, nn
 
@@ -12,15 +9,6 @@ from torch import Tensor, nn
 GRADIENT_TOLERANCE = 10 * TOLERANCE
 # float32 through two layers of large weights. A wrong scale, activation, mask or position is off by more than 1e-3.
 TOLERANCE32 = 1e-4
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for one another on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def path_of(model: Any) -> str:

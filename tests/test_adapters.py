@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft")
 
 from agreement import assert_same, ran, reasons, visible  # noqa: E402
 from compatibility import note  # noqa: E402
-from live_models import GRADIENT_TOLERANCE, one_thread, path_of  # noqa: E402, F401
+from live_models import GRADIENT_TOLERANCE, path_of  # noqa: E402
 from stock_models import FAMILIES, build, call_of, mask_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

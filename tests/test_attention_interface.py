@@ -58,13 +58,7 @@ def reference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for one another on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name: str, attention: str = NAME, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:

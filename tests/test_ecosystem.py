@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 
 from agreement import assert_same, pair, ran, reasons, visible  # noqa: E402
 from compatibility import note  # noqa: E402
-from live_models import GRADIENT_TOLERANCE, TOLERANCE32, loss_gradients, one_thread, path_of  # noqa: E402, F401
+from live_models import GRADIENT_TOLERANCE, TOLERANCE32, loss_gradients, path_of  # noqa: E402
 from stock_models import FAMILIES, build, call_of, mask_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

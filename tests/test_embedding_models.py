@@ -19,7 +19,7 @@ st = pytest.importorskip("sentence_transformers")
 
 from agreement import ran  # noqa: E402
 from compatibility import note  # noqa: E402
-from live_models import TOLERANCE32, one_thread, path_of  # noqa: E402, F401
+from live_models import TOLERANCE32, path_of  # noqa: E402
 from stock_models import FAMILIES, build  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -50,13 +50,7 @@ FORMS = ("none", "ones", "right", "left", "holes", "empty row")
 BASES = tuple(family.classes[0] for family in FAMILIES.values())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small only wait for one another on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_all_families_are_tested() -> None:

@@ -5,7 +5,7 @@ import io
 import json
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,13 +27,7 @@ NEW_ONLY = pytest.mark.skipif(LEGACY, reason="transformers 4 has no such thing")
 OLD_ONLY = pytest.mark.skipif(not LEGACY, reason="transformers 5 has no such thing any more")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small only wait for one another on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining", "BertForTokenClassification"])

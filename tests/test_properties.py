@@ -4,7 +4,7 @@ Models and calls are drawn by hypothesis (see random_calls.py). A failure prints
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -47,13 +47,7 @@ contexts, paddings = st.sampled_from(tuple(CONTEXTS)), st.sampled_from(("exact",
 dtypes = st.sampled_from((torch.float64, torch.float32, torch.bfloat16))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small only wait for one another on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(model: nn.Module, arguments: Mapping[str, Any], context: str = "no_grad") -> dict[str, Any]:

@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 
 from agreement import assert_same, ran  # noqa: E402
 from compatibility import note  # noqa: E402
-from live_models import one_thread, path_of  # noqa: E402, F401
+from live_models import path_of  # noqa: E402
 from stock_models import FAMILIES, build, family_of, head_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -34,13 +34,7 @@ def _warnings_are_logged() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small only wait for one another on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("family", "test"), [(family, test) for family in FAMILIES for test in names_of(family)])
