@@ -16,7 +16,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist wo
 OLD_TESTS = $(addsuffix .py,$(addprefix tests/test_,patching families architectures heads model checkpoint cli \
 	trainer pipelines adapters distributed ecosystem properties transformers_common))
 
-EXTRAS = test,dev,transformers,sentence-transformers,plots
+EXTRAS = test,dev,transformers,sentence-transformers,plots,train
 # make bench SET=full takes an hour; BENCH has further options of python -m benchmarks.
 SET ?= quick
 
