@@ -16,7 +16,8 @@ from bertfast.checkpoint import PretrainedModel
 from bertfast.config import BertConfig
 from bertfast.layer import activation_name
 from bertfast.model import BertModel, BertModelOutput, ModelOutput, check_tensors
-from bertfast.ops import linear
+from bertfast.ops import MaskedLMLoss, linear, masked_lm_loss
+from bertfast.ops.loss import IGNORED
 from bertfast.packing import PackedBatch, Packing
 
 Inputs = Tensor | PackedBatch | None  # each of what BertModel.forward takes
@@ -24,10 +25,13 @@ Inputs = Tensor | PackedBatch | None  # each of what BertModel.forward takes
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """loss: a scalar, None without labels. logits: as the head says. hidden_states, packing: as in BertModelOutput."""
+    """loss: a scalar, None without labels. logits: as the head says, None where they were not wanted.
+
+    hidden_states, packing: as in BertModelOutput.
+    """
 
     loss: Tensor | None
-    logits: Tensor
+    logits: Tensor | None
     packing: Packing
     hidden_states: tuple[Tensor, ...] | None = None
 
@@ -48,7 +52,7 @@ class PreTrainingOutput(ModelOutput):
     """Like HeadOutput, with the logits of both heads: (batch, seq_len, vocabulary) or (tokens, ...), and (batch, 2)."""
 
     loss: Tensor | None
-    prediction_logits: Tensor
+    prediction_logits: Tensor | None
     seq_relationship_logits: Tensor
     packing: Packing
     hidden_states: tuple[Tensor, ...] | None = None
@@ -90,9 +94,23 @@ class BertLMPredictionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(tokens, hidden) to (tokens, vocabulary)."""
+        return self.decoder(self._transform(hidden))
+
+    def loss(self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> MaskedLMLoss:
+        """The cross entropy of (tokens, hidden) where (tokens,) int64 labels are not -100. See `masked_lm_loss`.
+
+        Nothing is computed for other tokens: neither their scores nor what goes into the decoder.
+        """
+        labels = _classes(labels)
+        if not torch.compiler.is_compiling():  # how many there are would break the graph
+            rows = (labels != IGNORED).nonzero().flatten()
+            hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+        decoder = self.decoder
+        return masked_lm_loss(self._transform(hidden), labels, decoder.weight, decoder.bias, reduction=reduction)
+
+    def _transform(self, hidden: Tensor) -> Tensor:
         dense = self.transform.dense
-        x = linear(hidden, dense.weight, dense.bias, activation=self.activation)
-        return self.decoder(self.transform.LayerNorm(x))
+        return self.transform.LayerNorm(linear(hidden, dense.weight, dense.bias, activation=self.activation))
 
 
 class _LMHead(_Head):
@@ -111,6 +129,18 @@ class _LMHead(_Head):
         self.initialize(self.cls)
         self.tie_weights()
 
+    def _predict(
+        self, hidden: Tensor, labels: Tensor | None, output_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The words' scores where they are wanted, and the loss where there are labels."""
+        predictions = self.cls.predictions
+        if output_logits:
+            logits = predictions(hidden)
+            return logits, None if labels is None else _cross_entropy(logits, labels)
+        if labels is None:
+            raise ValueError("output_logits=False without labels leaves nothing to compute: give labels")
+        return None, predictions.loss(hidden, labels).loss
+
 
 class BertForMaskedLM(_LMHead):
     """Predicts masked words: Devlin et al. 2019, section 3.1, task 1. No pooler."""
@@ -126,18 +156,20 @@ class BertForMaskedLM(_LMHead):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        output_logits: bool = True,
         output_hidden_states: bool = False,
     ) -> HeadOutput:
         """Logits (batch, seq_len, vocabulary), or (tokens, vocabulary) for a PackedBatch.
 
         labels: (batch, seq_len) or (tokens,) int64, -100 where no word is asked for. The loss is the mean cross
-        entropy over the labelled valid tokens. The other arguments and the errors are BertModel's.
+        entropy over the labelled valid tokens. output_logits: False computes the loss from the labelled tokens alone,
+        see `bertfast.ops.masked_lm_loss`. The other arguments and the errors are BertModel's.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)
-        logits = self.cls.predictions(out.last_hidden_state)
-        labels = _token_labels(labels, input_ids, out.packing)
-        loss = None if labels is None else _cross_entropy(logits, labels)
+        logits, loss = self._predict(
+            out.last_hidden_state, _token_labels(labels, input_ids, out.packing), output_logits
+        )
         return HeadOutput(loss, _restore(logits, input_ids, out.packing), out.packing, out.hidden_states)
 
 
@@ -186,21 +218,24 @@ class BertForPreTraining(_LMHead):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         *,
+        output_logits: bool = True,
         output_hidden_states: bool = False,
     ) -> PreTrainingOutput:
         """prediction_logits as BertForMaskedLM's, seq_relationship_logits as BertForNextSentencePrediction's.
 
         labels: of the words, as there; next_sentence_label: (batch,) int64. The loss is the sum of both, and None
-        unless both are given. The other arguments and the errors are BertModel's.
+        unless both are given. output_logits: of the words, as there. The other arguments and the errors are BertModel's.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)
-        words = self.cls.predictions(out.last_hidden_state)
+        labels = _token_labels(labels, input_ids, out.packing)
+        words, loss = self._predict(out.last_hidden_state, labels, output_logits)
         follows = self.cls.seq_relationship(out.pooler_output)
-        labels, loss = _token_labels(labels, input_ids, out.packing), None
-        if labels is not None and next_sentence_label is not None:
+        if loss is not None and next_sentence_label is not None:
             next_sentence_label = _sequence_labels(next_sentence_label, None, out.packing)
-            loss = _cross_entropy(words, labels) + _cross_entropy(follows, next_sentence_label)
+            loss = loss + _cross_entropy(follows, next_sentence_label)
+        else:
+            loss = None
         words = _restore(words, input_ids, out.packing)
         return PreTrainingOutput(loss, words, follows, out.packing, out.hidden_states)
 
@@ -424,9 +459,9 @@ def _span_loss(logits: Tensor, positions: Tensor, packing: Packing) -> Tensor:
     return F.cross_entropy(logits, positions.masked_fill(outside, ignored), ignore_index=ignored)
 
 
-def _restore(packed: Tensor, input_ids: Inputs, packing: Packing) -> Tensor:
+def _restore(packed: Tensor | None, input_ids: Inputs, packing: Packing) -> Tensor | None:
     """Packed rows in the form of the input: as they are for a PackedBatch, a rectangle with zeros for a rectangle."""
-    return packed if isinstance(input_ids, PackedBatch) else packing.pad(packed)
+    return packed if packed is None or isinstance(input_ids, PackedBatch) else packing.pad(packed)
 
 
 def _from_batch(labels: Tensor | None, input_ids: Inputs, packing: Packing) -> Tensor | None:

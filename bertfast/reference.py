@@ -420,3 +420,12 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), 
     if activation == "none":
         return y
     return bias_gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def masked_lm_loss(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """- sum over labelled rows t of log softmax(x_t W^T + b)[label_t]; rows with the label -100 have no part in it.
+
+    x: (T, H); labels: (T,) int64; weight: (V, H); bias: (V,) or None. Returns a scalar, float32 unless x is float64.
+    """
+    logits = F.linear(x, weight, bias)
+    return F.cross_entropy(logits.double() if x.dtype == torch.float64 else logits.float(), labels, reduction="sum")

@@ -78,6 +78,35 @@ def test_pre_training(twins, ids, first_valid_mask):
         assert ours(**{k: v for k, v in inputs.items() if k != missing}).loss is None
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loss_without_logits_is_the_same(twins, ids, first_valid_mask, name, packed):
+    stock, ours = twins(name)
+    labels = token_labels(first_valid_mask, 53)
+    given = {"next_sentence_label": torch.tensor([0, 1, 1])} if name == "BertForPreTraining" else {}
+    expected = stock(input_ids=ids, attention_mask=first_valid_mask, labels=labels, **given)
+    if packed:
+        valid = torch.ones_like(ids) if first_valid_mask is None else first_valid_mask
+        rows = [row[keep == 1].tolist() for row, keep in zip(ids, valid, strict=True)]
+        chosen = [row[keep == 1].tolist() for row, keep in zip(labels, valid, strict=True)]
+        batch = PackedBatch.from_lists(rows, labels=chosen, token_labels=True)
+        if any(keep.tolist() != sorted(keep.tolist(), reverse=True) for keep in valid):
+            return  # positions count what was in front of a sequence, or inside it
+        out = ours(batch, output_logits=False, **given)
+    else:
+        out = ours(ids, first_valid_mask, labels=labels, output_logits=False, **given)
+    assert (out.logits if name == "BertForMaskedLM" else out.prediction_logits) is None
+    torch.testing.assert_close(out.loss, expected.loss)
+    out.loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(stock, ours)
+
+
+def test_neither_logits_nor_labels(build, ids):
+    with pytest.raises(ValueError, match="give labels"):
+        build("BertForMaskedLM")(ids, output_logits=False)
+
+
 def test_next_sentence(twins, ids, first_valid_mask):
     stock, ours = twins("BertForNextSentencePrediction")
     inputs = {"input_ids": ids, "attention_mask": first_valid_mask, "labels": torch.tensor([0, 1, 1])}

@@ -4,14 +4,17 @@ from bertfast.ops.attention import masked_attention, varlen_attention
 from bertfast.ops.embedding import embed_layer_norm
 from bertfast.ops.gelu import bias_gelu
 from bertfast.ops.linear import PackedWeights, linear
+from bertfast.ops.loss import MaskedLMLoss, masked_lm_loss
 from bertfast.ops.norm import residual_layer_norm
 
 __all__ = [
+    "MaskedLMLoss",
     "PackedWeights",
     "bias_gelu",
     "embed_layer_norm",
     "linear",
     "masked_attention",
+    "masked_lm_loss",
     "residual_layer_norm",
     "varlen_attention",
 ]
