@@ -224,7 +224,8 @@ class BertForPreTraining(_LMHead):
         """prediction_logits as BertForMaskedLM's, seq_relationship_logits as BertForNextSentencePrediction's.
 
         labels: of the words, as there; next_sentence_label: (batch,) int64. The loss is the sum of both, and None
-        unless both are given. output_logits: of the words, as there. The other arguments and the errors are BertModel's.
+        unless both are given. output_logits: of the words, as there. The other arguments and the errors are
+        BertModel's.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         out = self._encode(*inputs, output_hidden_states=output_hidden_states)

@@ -148,7 +148,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_never_all_tokens_times_the_vocabulary(monkeypatch):
-    """The largest tensor that a forward and a backward make is the logits of the labelled rows, or of a part of them."""
+    """The largest tensor that a forward and a backward make is logits of labelled rows, or of a part of them."""
     words = 4096
     x, weight, bias = make_inputs(512, 8, words, torch.float32)
     labels = make_labels(512, words, share=0.1)

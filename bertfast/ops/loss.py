@@ -21,7 +21,7 @@ _MOST_LOGITS = 1 << 24
 
 
 class MaskedLMLoss(NamedTuple):
-    """loss: a scalar. labelled: how many tokens had a label. correct: for how many of them its score was the highest."""
+    """loss: a scalar. labelled: how many tokens had a label. correct: for how many it scored highest."""
 
     loss: Tensor
     labelled: Tensor
