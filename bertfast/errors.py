@@ -19,3 +19,7 @@ class CheckpointError(BertfastError, ValueError):
 
 class UnsupportedModelError(BertfastError, TypeError):
     """The object handed to `patch` holds no model that bertfast knows."""
+
+
+class DataError(BertfastError, ValueError):
+    """A file to train on, or to predict, is not what it should be: the message names the file and the line."""
