@@ -1,0 +1,1 @@
+"""Training: data (vocabulary, masking, sentence pairs), pre-training and fine-tuning."""
