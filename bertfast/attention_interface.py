@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bertfast import backend
 from bertfast.eligibility import INERT, Refusal, refuse_keywords, traced
 from bertfast.errors import UnsupportedModelError
+from bertfast.flattened import check_row, read_borders
 from bertfast.ops import varlen_attention
 from bertfast.packing import Packing
 
@@ -200,7 +201,7 @@ def _plan(
         if seq_len > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
             return Refusal("causal attention")
         return row or Packing.full(batch, seq_len, query.device)
-    packing = _noted(mask) if row is None and type(mask) is Tensor else None
+    packing = _noted(mask) if row is None else None
     if packing is None or (packing.batch, packing.seq_len) != (batch, seq_len):
         return Refusal("a mask of more than padding")
     if not _attends_to_itself(type(module)):
@@ -280,32 +281,13 @@ def _row(q: Tensor | None, k: Tensor | None, query: Tensor, key: Tensor, kwargs:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k have to come together")
     packing = _noted(q)
     if packing is None or packing is not _noted(k):
-        packing = _read_borders(q, k)
+        packing = read_borders(q, k, query.device)
         if not (q.is_inference() or k.is_inference()):  # nobody counts what is written to those
             _note(q, packing)
             _note(k, packing)
-    tokens = packing.tokens
-    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
-        raise ValueError(
-            f"cu_seq_lens end at {tokens}, which has to be the length of the only row; there are "
-            f"{query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
-        )
+    check_row(packing, query.shape[0], query.shape[2], "queries")
+    check_row(packing, key.shape[0], key.shape[2], "keys")
     return packing
-
-
-def _read_borders(q: Tensor, k: Tensor) -> Packing:
-    if q.dim() != 1 or q.shape != k.shape or q.is_floating_point():
-        raise ValueError(
-            "cu_seq_lens_q and cu_seq_lens_k must be (sequences + 1,) integers, "
-            f"not {q.dtype} of shape {tuple(q.shape)} and {k.dtype} of shape {tuple(k.shape)}"
-        )
-    borders, others = torch.stack((q, k.to(q.device, q.dtype))).tolist()
-    if borders != others:
-        raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must be equal: {borders} and {others}")
-    lengths = tuple(end - start for start, end in pairwise(borders))
-    if not borders or borders[0] != 0 or min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seq_lens must rise from 0, not be {borders}")
-    return Packing(q.int().contiguous(), None, 1, borders[-1], lengths, max(lengths, default=0))
 
 
 def _one_by_one(
@@ -342,6 +324,8 @@ def _note(tensor: Tensor, packing: Packing) -> None:
 
 def _noted(tensor: Tensor) -> Packing | None:
     """The packing that was noted down for this tensor, if it is the same view of its memory and unchanged."""
+    if type(tensor) is not Tensor:
+        return None
     view, packing = getattr(tensor.untyped_storage(), _NOTE, (None, None))
     return packing if view == _view(tensor) else None
 

@@ -6,8 +6,8 @@ row. Those that read whole sequences (the first token, a span) get a rectangle o
 which is made of what the encoder computed without padding.
 """
 
-import itertools
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,17 +55,60 @@ def _packing(arguments: Mapping[str, Any], cu_seqlens: Tensor, keys: Tensor | No
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or tokens.shape[0] != 1:
         shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else None
         raise ValueError(f"cu_seq_lens_q goes with all tokens in one row, (1, tokens), not with {shape}")
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-        raise ValueError("cu_seq_lens_q must be (sequences + 1,) integers")
-    if keys is not None and keys is not cu_seqlens and not torch.equal(keys, cu_seqlens):
-        raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: an encoder's queries are its keys")
     if mask is not None and not bool((mask == 1).all()):
         raise ValueError("an attention_mask with zeros beside cu_seq_lens_q, which says all by itself: leave it out")
-    borders = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in itertools.pairwise(borders)]
-    if not lengths or borders[0] != 0 or borders[-1] != tokens.shape[1] or min(lengths) < 1:
-        raise ValueError(f"cu_seq_lens_q must rise from 0 to the {tokens.shape[1]} tokens, and is {borders}")
-    return Packing.from_lengths(lengths, tokens.device).flat()
+    packing = read_borders(cu_seqlens, cu_seqlens if keys is None else keys, tokens.device)
+    check_row(packing, 1, tokens.shape[1], "tokens")
+    # Attention of nothing is nothing, but heads and poolers read a first token.
+    if not packing.tokens or 0 in packing.lengths:
+        raise ValueError(f"cu_seq_lens_q of an empty sequence, which has no first token: {cu_seqlens.tolist()}")
+    return packing
+
+
+def read_borders(queries: Tensor, keys: Tensor, device: torch.device) -> Packing:
+    """The packing, on `device`, of the sequences between cu_seq_lens_q and cu_seq_lens_k, (sequences + 1,), as one row.
+
+    Waits for the device once. Sequences may be empty. Raises ValueError where the two are no borders, or differ.
+    """
+    if not all(_are_integers(borders) for borders in (queries, keys)) or queries.shape != keys.shape:
+        given = " and ".join(_described(borders) for borders in (queries, keys))
+        raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must be (sequences + 1,) integers, not {given}")
+    borders, others = torch.stack((queries, keys.to(queries.device, queries.dtype))).tolist()
+    if borders != others:
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k must be equal, as the queries of self attention are its keys: "
+            f"{borders} and {others}"
+        )
+    lengths = [end - begin for begin, end in pairwise(borders)]
+    if not borders or borders[0] != 0 or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seq_lens must rise from 0, not be {borders}")
+    return Packing.from_lengths(lengths, device).flat()
+
+
+def check_row(packing: Packing, rows: int, length: int, what: str) -> None:
+    """ValueError unless the borders' last is the length of the only row."""
+    if (rows, length) != (1, packing.tokens):
+        raise ValueError(
+            f"cu_seq_lens end at {packing.tokens}, which has to be the length of the only row; there are {rows} rows "
+            f"of {length} {what}"
+        )
+
+
+def _are_integers(borders: object) -> bool:
+    return (
+        isinstance(borders, Tensor)
+        and borders.dim() == 1
+        and not (borders.is_floating_point() or borders.is_complex() or borders.dtype == torch.bool)
+    )
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def mixing(reason: str) -> ValueError:
+    """The error of a flattened call that cannot run packed."""
+    return ValueError(f"sequences in one row would mix in stock code, which has to run: {reason}")
 
 
 def to_rectangle(arguments: Mapping[str, Any], packing: Packing, padding_id: int, labels: bool) -> tuple[dict, Packing]:

@@ -35,7 +35,10 @@ _BY_TOKEN = ("tokens", "labels")
 def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a task model: what its head will read, and the labels; a batch that never was padded."""
     state = model.__dict__.get(STATE)
-    if state is None or traced():
+    if state is None:
+        return None
+    if traced():
+        refuse_borders(model.config, kwargs)
         return None
     base = getattr(model, state.family.prefix)
     arguments = bind(type(model), args, kwargs)
@@ -43,8 +46,9 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     if packing is None:
         calls.heads.append(HeadCall(model, base, arguments.get("labels"), None))
         return None
-    pooled = state.family.pooler is not None and getattr(base, state.family.pooler, None) is not None
-    if state.reads not in _BY_TOKEN or pooled:
+    if STATE not in base.__dict__ or "_compiled_call_impl" in base.__dict__:
+        raise flattened.mixing("the base model was replaced, wrapped or compiled after patching")
+    if state.reads not in _BY_TOKEN or base.__dict__[STATE].pooled:
         if "MultipleChoice" in type(model).__name__:
             raise ValueError("multiple choice needs a rectangle of (batch, choices, seq_len): pad the batch")
         padding = getattr(model.config, "pad_token_id", None) or 0
@@ -54,10 +58,21 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def _take_flattened(model: nn.Module, family: Family, arguments: dict[str, Any]) -> Packing | None:
-    if arguments.get("cu_seq_lens_q") is not None and model.config._attn_implementation not in ("eager", *SDPA):
-        return None  # stock code's own attention honours the borders
+    if arguments.get("cu_seq_lens_q") is not None and _honours_borders(model.config):
+        return None
     takes_positions = family.positions == "columns" and "position_ids" in parameters_of(type(model))
     return flattened.take(arguments, takes_positions)
+
+
+def _honours_borders(config: Any) -> bool:
+    """Whether stock code's own attention keeps apart the sequences of one row."""
+    return getattr(config, "_attn_implementation", None) not in (None, "eager", *SDPA)
+
+
+def refuse_borders(config: Any, kwargs: dict[str, Any]) -> None:
+    """ValueError for the borders of a flattened call that stock code would be handed, and ignore."""
+    if kwargs.get("cu_seq_lens_q") is not None and not _honours_borders(config):
+        raise flattened.mixing("a tracer, or a caller of `forward`, came past the hooks on the model")
 
 
 def pooled_tokens(pooler: nn.Module, args: tuple) -> tuple | None:
@@ -88,7 +103,10 @@ def after_head(model: nn.Module, args: tuple, output: Any) -> None:
 def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a base model: opens the frame and decides whether the call is packed."""
     state = model.__dict__.get(STATE)
-    if state is None or traced():
+    if state is None:
+        return None
+    if traced():
+        refuse_borders(model.config, kwargs)
         return None
     family = state.family
     frame = Frame(model, getattr(model, family.encoder_place, None))
@@ -98,9 +116,11 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     known = _take_flattened(model, family, arguments) if head is None or head.packing is None else head.packing
     flat = known is not None and known.is_flat
     packing = _plan(frame, state, arguments, known)
+    if flat and type(packing) is not Refusal and _pools_one_row(model, family):
+        packing = Refusal("the pooler was replaced after patching")
     if type(packing) is Refusal:
         if flat:
-            raise ValueError(f"sequences in one row would mix in stock code, which has to run: {packing}")
+            raise flattened.mixing(packing)
         frame.rectangle = packing
         return None
     frame.packing = packing
@@ -117,6 +137,12 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     if index < len(args):
         return (*args[:index], small, *args[index + 1 :]), kwargs
     return args, {**kwargs, "attention_mask": small}
+
+
+def _pools_one_row(model: nn.Module, family: Family) -> bool:
+    """Whether a pooler would take the first token of the row for that of every sequence."""
+    pooler = None if family.pooler is None else getattr(model, family.pooler, None)
+    return pooler is not None and pooled_tokens not in pooler._forward_pre_hooks.values()
 
 
 def _in_one_row(model: nn.Module, family: Family, arguments: dict[str, Any], packing: Packing) -> dict[str, Any]:
@@ -180,7 +206,7 @@ def plan_encoder(frame: Frame, arguments: dict[str, Any]) -> Packing | Refusal:
     arguments = {k: v for k, v in arguments.items() if not _is_empty(v)}
     names = tuple(parameters_of(stock_class(type(encoder))))[:2]
     hidden_states, mask = (arguments.pop(name, None) for name in names)
-    reason = _refuse_encoder(frame, arguments, _config_of(encoder, state))
+    reason = _refuse_encoder(frame, arguments, config_of(encoder, state))
     if reason is not None:
         return reason
     if hidden_states.dim() != 3 or hidden_states.shape[:2].numel() == 0:
@@ -206,7 +232,7 @@ def _is_empty(value: object) -> bool:
     return isinstance(value, list) and all(item is None for item in value)
 
 
-def _config_of(encoder: nn.Module, state: BackboneState) -> Any:
+def config_of(encoder: nn.Module, state: BackboneState) -> Any:
     """The encoder's configuration, or that of its first layer, where it has one."""
     if "config" in encoder.__dict__ or not len(encoder.layer):
         return encoder.__dict__.get("config")
@@ -232,6 +258,8 @@ def _refuse_call(frame: Frame, family: Family, arguments: dict[str, Any]) -> Ref
     encoder, embeddings = model._modules.get(family.encoder_place), model._modules.get("embeddings")
     if encoder is None or embeddings is None or STATE not in encoder.__dict__ or STATE not in embeddings.__dict__:
         return Refusal("the encoder or the embeddings were replaced after patching")
+    if "forward" in encoder.__dict__ or "_compiled_call_impl" in encoder.__dict__:
+        return Refusal("the encoder was given another forward, or compiled, after patching")
     return _refuse_encoder(frame, arguments, model.__dict__.get("config"))
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bertfast import flattened
 from bertfast.architectures import Role, bind, families, is_legacy, parameters_of, returns_tuples, role_of, stock_class
 from bertfast.calls import STATE, Frame, LayerState, Ticket, calls, count, structure_of
 from bertfast.eligibility import (
@@ -36,7 +37,7 @@ from bertfast.eligibility import (
 from bertfast.layer import LayerPacks, encoder_layer
 from bertfast.ops import embed_layer_norm, varlen_attention
 from bertfast.packing import Packing
-from bertfast.planning import plan_encoder
+from bertfast.planning import config_of, plan_encoder, refuse_borders
 from bertfast.positions import position_ids
 from bertfast.relative import biased_attention
 
@@ -126,6 +127,8 @@ class EncoderSeam:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in stock code. The layers are called as modules, so that their hooks and checkpointing work."""
+        if "cu_seq_lens_q" in kwargs:
+            refuse_borders(config_of(self, self.__dict__[STATE]), kwargs)
         if traced():
             return super().forward(*args, **kwargs)
         frames = calls.frames
@@ -250,7 +253,7 @@ def _repack(ticket: Ticket, forward: Callable[..., Any], x: Tensor, reason: Refu
     """A stock layer's output for packed tokens, by way of the rectangle."""
     packing = ticket.packing
     if packing.is_flat:
-        raise ValueError(f"sequences in one row would mix in stock code, which has to run: {reason}")
+        raise flattened.mixing(reason)
     bias = {} if ticket.bias is None else {"position_bias": ticket.bias}
     out = forward(packing.pad(x), ticket.mask, **bias)
     if isinstance(out, tuple):

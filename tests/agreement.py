@@ -92,3 +92,27 @@ def exact_path(name: str, form: str) -> str:
     if form == "empty row" or reads_all(name) or (form == "left" and reads_first(name)) or holes:
         return "rectangle"
     return "packed"
+
+
+def borders_of(mask: Tensor) -> list[tuple[int, int]]:
+    """Where each sequence begins and ends among the valid tokens."""
+    ends = mask.sum(1).cumsum(0).tolist()
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def own_loss(name: str, expected: dict[str, Tensor], call: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """The loss that looks at valid tokens only, from stock's logits."""
+    if head_of(name) == "ForQuestionAnswering":
+        sides = []
+        for side in ("start", "end"):
+            logits = [expected[f"{side}_logits"][a:b] for a, b in borders_of(mask)]
+            # The place of the answer among the valid tokens.
+            right = [int(m[:i].sum()) for m, i in zip(mask, call[f"{side}_positions"].tolist(), strict=True)]
+            sides.append(torch.stack([-x.log_softmax(0)[i] for x, i in zip(logits, right, strict=True)]).mean())
+        return sum(sides) / 2
+    losses = []
+    for a, b in borders_of(mask):
+        scores = expected["logits"][a:b][:-1].log_softmax(-1)
+        labels = call["labels"][mask.bool()][a + 1 : b]
+        losses.append(-scores.gather(1, labels[:, None]))
+    return torch.cat(losses).mean()

@@ -376,8 +376,8 @@ def test_neighbours_and_padding_change_nothing(name: str) -> None:
 
 @pytest.mark.usefixtures("reference")
 def test_borders_are_read_once_and_again_when_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads, read = [], attention_interface._read_borders
-    monkeypatch.setattr(attention_interface, "_read_borders", lambda *a: reads.append(a) or read(*a))
+    reads, read = [], attention_interface.read_borders
+    monkeypatch.setattr(attention_interface, "read_borders", lambda *a: reads.append(a) or read(*a))
     model = build("BertModel")
     row = row_of(model)
     before = model(**row).last_hidden_state
@@ -402,6 +402,8 @@ def _changed(**changes: Any) -> dict[str, Any]:
         (_changed(cu_seq_lens_q=None), "have to come together"),
         ({k: v.float() if isinstance(v, Tensor) else v for k, v in borders().items()}, "integers"),
         ({k: v[None] if isinstance(v, Tensor) else v for k, v in borders().items()}, "integers"),
+        ({k: v.bool() if isinstance(v, Tensor) else v for k, v in borders().items()}, "integers"),
+        ({k: v.tolist() if isinstance(v, Tensor) else v for k, v in borders().items()}, "integers, not a list"),
         ({k: v.flip(0) if isinstance(v, Tensor) else v for k, v in borders().items()}, "rise from 0"),
         (borders((4, 5)), "length of the only row"),
         (_changed(position_bias=torch.zeros(1, 4, 22, 22)), "position bias"),
@@ -419,6 +421,16 @@ def test_borders_of_queries_and_of_other_keys_are_refused() -> None:
         attend(Plain(), rectangle, rectangle, rectangle, None, **borders())
     with pytest.raises(ValueError, match="5 keys"):
         attend(Plain(), heads(1, sum(LENGTHS)), keys, keys, None, **borders())
+
+
+def test_empty_sequences() -> None:
+    """Attention of nothing is nothing."""
+    q, lengths = heads(1, 7), (0, 4, 0, 3)
+    parts = [nn.functional.scaled_dot_product_attention(x, x, x) for x in q.split(lengths, dim=2)]
+    expected = torch.cat(parts, dim=2).transpose(1, 2)
+    for form in (q.double(), q):  # transformers' sdpa, and the op
+        out, _ = attend(Plain(), form, form, form, None, **borders(lengths))
+        torch.testing.assert_close(out.float(), expected)
 
 
 @pytest.mark.usefixtures("reference")

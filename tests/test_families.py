@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bertfast
-from bertfast import PackedBatch, Packing, architectures, layer, patch, seams
+from bertfast import Packing, architectures, layer, patch, seams
 from bertfast.architectures import parameters_of
 
 transformers = pytest.importorskip("transformers")
@@ -24,6 +24,7 @@ from agreement import (  # noqa: E402
     assert_same,
     exact_path,
     gradients,
+    own_loss,
     pair,
     ran,
     reads_all,
@@ -94,7 +95,7 @@ def test_drop_is_stock_on_valid_tokens(name: str, form: str) -> None:
     if form not in ("none", "ones") and reads_all(name):
         unlike.add("loss")
         if form in ("left", "holes") and head_of(name) == "ForQuestionAnswering" and path == "packed":
-            assert_same({"loss": ours.loss}, {"loss": _own_loss(name, visible(theirs, mask), call, mask)})
+            assert_same({"loss": ours.loss}, {"loss": own_loss(name, visible(theirs, mask), call, mask)})
     if form in ("left", "empty row") and reads_first(name):
         unlike |= {"loss", "logits", "seq_relationship_logits", "pooler_output"}
     assert all(v.isfinite().all() for v in visible(ours, mask).values())
@@ -217,170 +218,6 @@ def test_summaries(summary: str) -> None:
     mask = mask_of("right")
     assert_agree(patched, stock, call_of("ElectraForMultipleChoice", mask), mask)
     assert ran(patched) == {"packed" if summary == "first" else "rectangle": 1}
-
-
-# --- batches that never were padded
-
-
-def flat_call(name: str) -> tuple[dict, PackedBatch, dict, Tensor]:
-    """A padded call, the same as a PackedBatch and as flattened arguments, and the mask."""
-    mask = mask_of("right")
-    call = call_of(name, mask)
-    if head_of(name) == "ForQuestionAnswering":  # the second sequence has one token
-        call |= {"start_positions": torch.tensor([0, 0, 2]), "end_positions": torch.tensor([4, 0, 3])}
-    family = family_of(name)
-    rows = [ids[: int(n)].tolist() for ids, n in zip(call["input_ids"], mask.sum(1), strict=True)]
-    types = call.get("token_type_ids")
-    if types is not None:
-        types = [t[: int(n)].tolist() for t, n in zip(types, mask.sum(1), strict=True)]
-    labels = call.get("labels")
-    by_token = labels is not None and labels.shape == mask.shape
-    if labels is not None:
-        labels = labels[mask.bool()].tolist() if by_token else labels.tolist()
-        labels = [labels[a:b] for a, b in _borders(mask)] if by_token else labels
-    batch = PackedBatch.from_lists(rows, types, labels, token_labels=by_token)
-    others = {k: v for k, v in call.items() if k in ("start_positions", "end_positions", "next_sentence_label")}
-    assert family.pad == call["input_ids"][1, -1]
-    return call, batch, others, mask
-
-
-def _borders(mask: Tensor) -> list[tuple[int, int]]:
-    ends = mask.sum(1).cumsum(0).tolist()
-    return list(zip([0, *ends], ends, strict=False))
-
-
-@pytest.mark.parametrize("way", ["batch", "arguments", "packed batch by name"])
-@pytest.mark.parametrize("name", [n for n in CLASSES if not n.endswith("ForMultipleChoice")])
-def test_batches_that_never_were_padded(name: str, way: str) -> None:
-    """They give what the padded batch gives where padding takes part in nothing."""
-    stock, patched = pair(name)
-    call, batch, others, mask = flat_call(name)
-    if way == "arguments":
-        ours = patched(**batch.flattened(), **others)
-    else:
-        ours = patched(batch, **others) if way == "batch" else patched(input_ids=batch, **others)
-    expected = visible(stock(**call), mask)
-    found = {k: v for k, v in ours.items() if isinstance(v, Tensor)}
-    if reads_all(name):
-        expected["loss"] = _own_loss(name, expected, call, mask)
-    if found["loss" if "loss" in found else "last_hidden_state"].dtype == torch.float32:  # of shifted labels, in stock
-        assert abs(found.pop("loss") - expected.pop("loss")) < 1e-5
-    for key, value in found.items():
-        if value.shape[:2] == (1, batch.packing.tokens):
-            found[key] = value[0]
-        elif value.shape[:2] == mask.shape:
-            found[key] = value[mask.bool()]
-    assert_same(found, expected)
-    torch.manual_seed(2)
-    weights = {k: torch.randn_like(v) for k, v in expected.items()}
-    grads = []
-    for model, seen in ((patched, found), (stock, expected)):
-        model.zero_grad()
-        sum((seen[k] * w).sum() for k, w in weights.items()).backward()
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert_same(*grads, 10 * TOLERANCE)
-    assert ran(patched) == {"packed": 1}
-    if way == "batch":
-        note("batches that never were padded, labels included", name, "packed")
-
-
-def _own_loss(name: str, expected: dict[str, Tensor], call: dict[str, Tensor], mask: Tensor) -> Tensor:
-    """The loss that looks at valid tokens only, from stock's logits."""
-    if head_of(name) == "ForQuestionAnswering":
-        sides = []
-        for side in ("start", "end"):
-            logits = [expected[f"{side}_logits"][a:b] for a, b in _borders(mask)]
-            # The place of the answer among the valid tokens.
-            right = [int(m[:i].sum()) for m, i in zip(mask, call[f"{side}_positions"].tolist(), strict=True)]
-            sides.append(torch.stack([-x.log_softmax(0)[i] for x, i in zip(logits, right, strict=True)]).mean())
-        return sum(sides) / 2
-    losses = []
-    for a, b in _borders(mask):
-        scores = expected["logits"][a:b][:-1].log_softmax(-1)
-        labels = call["labels"][mask.bool()][a + 1 : b]
-        losses.append(-scores.gather(1, labels[:, None]))
-    return torch.cat(losses).mean()
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_words_as_vectors_in_one_row(name: str) -> None:
-    """Vectors of words in place of ids, which tell no padding token from others."""
-    if LEGACY and name == "DistilBertModel":
-        pytest.skip("has no position_ids, and computes vectors' positions itself")
-    stock, patched = pair(name)
-    lengths, table = [4, 1, 6], stock.get_input_embeddings()
-    rows = [table(torch.randint(5, 50, (1, n))).detach() for n in lengths]
-    borders = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
-    ours = patched(inputs_embeds=torch.cat(rows, 1), cu_seq_lens_q=borders)
-    theirs = [stock(inputs_embeds=row) for row in rows]
-    assert_same({"h": ours[0]}, {"h": torch.cat([t[0] for t in theirs], 1)})
-    if "pooler_output" in ours:
-        assert_same({"p": ours[1]}, {"p": torch.cat([t[1] for t in theirs])})
-    assert ran(patched) == {"packed": 1}
-
-
-def test_question_answering_beyond_the_shorter_sequence() -> None:
-    """In the padding of the rectangle no answer begins, and one that is said to is ignored, as behind the rectangle."""
-    _, patched = pair("BertForQuestionAnswering")
-    _, batch, others, mask = flat_call("BertForQuestionAnswering")
-    logits = patched(batch).start_logits
-    losses = [
-        patched(batch, **{k: v.index_fill(0, torch.tensor([1]), outside) for k, v in others.items()}).loss
-        for outside in (1, 10, 11, 500)
-    ]
-    assert all(torch.equal(loss, losses[0]) for loss in losses) and losses[0].isfinite()
-    assert (logits[mask == 0] == torch.finfo(torch.float64).min).all() and (logits[mask == 1].abs() < 1e6).all()
-
-
-@pytest.mark.skipif(LEGACY, reason="its stock model takes no borders")
-def test_transformers_own_collator() -> None:
-    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    stock, patched = pair("BertForMaskedLM")
-    call, batch, _, mask = flat_call("BertForMaskedLM")
-    rows = [{"input_ids": i.tolist()} for i in batch.input_ids.split(batch.packing.lengths)]
-    ours = patched(**{k: v for k, v in collator(rows).items() if k != "labels"})
-    theirs = stock(call["input_ids"], attention_mask=mask).logits[mask.bool()]
-    assert_same({"l": ours.logits[0]}, {"l": theirs})
-
-
-BAD_BATCHES: dict[str, Callable[[dict], dict]] = {
-    "keys differ": lambda c: c | {"cu_seq_lens_k": c["cu_seq_lens_q"] + 1},
-    "do not end": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"][:-1], "cu_seq_lens_k": None},
-    "fall": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"][[0, 2, 1, 3]], "cu_seq_lens_k": None},
-    "an empty one": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"][[0, 1, 1, 2, 3]], "cu_seq_lens_k": None},
-    "not integers": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"].float(), "cu_seq_lens_k": None},
-    "a list": lambda c: c | {"cu_seq_lens_q": c["cu_seq_lens_q"].tolist(), "cu_seq_lens_k": None},
-    "keys alone": lambda c: c | {"cu_seq_lens_q": None},
-    "two rows": lambda c: c | {"input_ids": c["input_ids"].expand(2, -1), "token_type_ids": None},
-    "a mask": lambda c: c | {"attention_mask": torch.zeros_like(c["input_ids"])},
-    "attentions wanted": lambda c: c | {"output_attentions": True},
-}
-
-
-@pytest.mark.parametrize("fault", BAD_BATCHES)
-@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
-def test_bad_borders_are_refused(name: str, fault: str) -> None:
-    stock, patched = pair(name)
-    call, batch, _, mask = flat_call(name)
-    with pytest.raises(ValueError, match=r"cu_seq_lens|one row"):
-        patched(**BAD_BATCHES[fault](batch.flattened()))
-    assert not seams.calls.frames and not seams.calls.heads
-    assert_agree(patched, stock, call, mask)
-
-
-def test_packed_batches_alone_and_rectangles_for_choices() -> None:
-    _, patched = pair("BertForMaskedLM")
-    _, batch, _, mask = flat_call("BertForMaskedLM")
-    with pytest.raises(ValueError, match="attention_mask given beside a PackedBatch"):
-        patched(batch, attention_mask=mask)
-    with pytest.raises(ValueError, match="an empty sequence"):
-        patched(PackedBatch.from_lists([[1, 2], []]))
-    with pytest.raises(ValueError, match="one row"):
-        patched.bert.encoder.layer[0].attention.self.query.bias = None
-        patched(batch)
-    _, choices = pair("BertForMultipleChoice")
-    with pytest.raises(ValueError, match="multiple choice"):
-        choices(flat_call("BertForTokenClassification")[1])
 
 
 # --- wrong variants: the comparison has to catch each of them, in every family
