@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bertfast.ops import PackedWeights, linear, residual_layer_norm
+from bertfast.ops import PackedWeights, feed_forward, linear, residual_layer_norm
 
 # Hugging Face's names of activations, and what `linear` calls them.
 ACTIVATIONS = {
@@ -95,10 +95,9 @@ def encoder_layer(
     norm = p.attention_norm_weight, p.attention_norm_bias, s.eps
     y = _add_norm(attended, x, p.attention_bias, *norm, s.attention_output_dropout)
     del attended
-    up_down = linear(
-        linear(y, p.up_weight, p.up_bias, activation=s.activation, packed=packs.up), p.down_weight, packed=packs.down
-    )
-    return _add_norm(up_down, y, p.down_bias, p.output_norm_weight, p.output_norm_bias, s.eps, s.output_dropout)
+    up = y, p.up_weight, p.up_bias
+    fed = feed_forward(*up, p.down_weight, activation=s.activation, up_packed=packs.up, down_packed=packs.down)
+    return _add_norm(fed, y, p.down_bias, p.output_norm_weight, p.output_norm_bias, s.eps, s.output_dropout)
 
 
 def _add_norm(

@@ -429,3 +429,8 @@ def masked_lm_loss(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
     """
     logits = F.linear(x, weight, bias)
     return F.cross_entropy(logits.double() if x.dtype == torch.float64 else logits.float(), labels, reduction="sum")
+
+
+def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, activation: str = "gelu") -> Tensor:
+    """activation(x W1^T + b1) W2^T, with what goes into the second GEMM rounded. x: (T, H), W1: (F, H), W2: (H, F)."""
+    return linear(linear(x, [up], [up_bias], activation), [down])

@@ -73,9 +73,9 @@ void gelu_fwd(int dtype, Pointer x, Pointer bias, Pointer out, int64_t rows, int
     bias_gelu_fwd({dtype_of(dtype), x, bias, out, rows, cols, tanh_form}, threads);
 }
 
-void gelu_bwd(int dtype, Pointer dout, Pointer x, Pointer bias, Pointer dx, Pointer dbias, int64_t rows, int64_t cols,
-              bool tanh_form, int threads) {
-    bias_gelu_bwd({{dtype_of(dtype), x, bias, nullptr, rows, cols, tanh_form}, dout, dx, dbias}, threads);
+void gelu_bwd(int dtype, Pointer dout, Pointer x, Pointer bias, Pointer out, Pointer dx, Pointer dbias, int64_t rows,
+              int64_t cols, bool tanh_form, int threads) {
+    bias_gelu_bwd({{dtype_of(dtype), x, bias, out, rows, cols, tanh_form}, dout, dx, dbias}, threads);
 }
 
 void attention_fwd(int dtype, Pointer qkv, int64_t token_stride, int64_t part_stride, int64_t head_stride,

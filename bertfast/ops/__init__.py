@@ -2,6 +2,7 @@
 
 from bertfast.ops.attention import masked_attention, varlen_attention
 from bertfast.ops.embedding import embed_layer_norm
+from bertfast.ops.feed_forward import feed_forward
 from bertfast.ops.gelu import bias_gelu
 from bertfast.ops.linear import PackedWeights, linear
 from bertfast.ops.loss import MaskedLMLoss, masked_lm_loss
@@ -12,6 +13,7 @@ __all__ = [
     "PackedWeights",
     "bias_gelu",
     "embed_layer_norm",
+    "feed_forward",
     "linear",
     "masked_attention",
     "masked_lm_loss",

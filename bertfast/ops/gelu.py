@@ -39,6 +39,20 @@ def cpu_gelu_(x: Tensor, approximate: str) -> Tensor:
     return x
 
 
+def gelu_again(dout: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(GELU(x + bias), dx, dbias) for a backward whose forward kept x alone. dout is the caller's to lose.
+
+    On the CPU in one pass, with dx in dout's memory.
+    """
+    forward, backward = backend.implementation("bias_gelu", x)
+    if backward is not _cpu_backward:
+        return forward(x, bias, approximate), *backward(dout, x, bias, approximate)
+    dout, x, bias = registry.dense(dout, x, bias)
+    out, dbias = torch.empty_like(x), torch.empty_like(bias)
+    cpu.launch("bias_gelu_bwd", x.dtype, dout, x, bias, out, dout, dbias, *x.shape, approximate == "tanh")
+    return out, dout, dbias
+
+
 def _cpu_forward(x, bias, approximate):
     x, bias = registry.dense(x, bias)
     out = torch.empty_like(x)
@@ -49,7 +63,7 @@ def _cpu_forward(x, bias, approximate):
 def _cpu_backward(dout, x, bias, approximate):
     dout, x, bias = registry.dense(dout, x, bias)
     dx, dbias = torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
-    tensors = (dout, x, bias, dx, None if bias is None else dbias)
+    tensors = (dout, x, bias, None, dx, None if bias is None else dbias)
     cpu.launch("bias_gelu_bwd", x.dtype, *tensors, *x.shape, approximate == "tanh")
     return dx, dbias
 

@@ -42,11 +42,15 @@ BERTFAST_INLINE Normal normal(Vec u) {
     return {u < 0.0f ? tail : 1.0f - tail, exponential};
 }
 
+struct Both {
+    Vec value, derivative;
+};
+
 struct ErfForm {
     BERTFAST_INLINE Vec value(Vec u) { return u * normal(u).cumulative; }
-    BERTFAST_INLINE Vec derivative(Vec u) {
+    BERTFAST_INLINE Both both(Vec u) {
         const Normal n = normal(u);
-        return fma(u * 0.398942280f, n.exponential, n.cumulative);  // 1 / sqrt(2 pi)
+        return {u * n.cumulative, fma(u * 0.398942280f, n.exponential, n.cumulative)};  // 1 / sqrt(2 pi)
     }
 };
 
@@ -54,11 +58,11 @@ struct TanhForm {
     static constexpr float a = 1.59576912f, b = 0.0713548163f;  // 2 sqrt(2 / pi), and 0.044715 times that
     BERTFAST_INLINE Vec sigmoid(Vec u) { return 1.0f / (1.0f + exp(-u * fma(u * u, splat(b), splat(a)))); }
     BERTFAST_INLINE Vec value(Vec u) { return u * sigmoid(u); }
-    BERTFAST_INLINE Vec derivative(Vec unbounded) {
+    BERTFAST_INLINE Both both(Vec unbounded) {
         // s is 0 or 1 long before |u| = 20; beyond, u^2 would overflow, and 0 times infinity is no derivative.
         const Vec u = max(splat(-20.0f), min(splat(20.0f), unbounded));
         const Vec s = sigmoid(u);
-        return fma(u * s * (1.0f - s), fma(u * u, splat(3 * b), splat(a)), s);
+        return {unbounded * s, fma(u * s * (1.0f - s), fma(u * u, splat(3 * b), splat(a)), s)};
     }
 };
 
@@ -85,9 +89,12 @@ void backward(const BiasGeluBackward& b, int threads) {
         const T* const x = static_cast<const T*>(p.x) + row * p.cols;
         const T* const dout = static_cast<const T*>(b.dout) + row * p.cols;
         T* const dx = static_cast<T*>(b.dx) + row * p.cols;
+        T* const out = p.out ? static_cast<T*>(p.out) + row * p.cols : nullptr;
         for_columns(p.cols, [&](int64_t j, auto n) {
             const Vec u = bias ? load(x + j, n) + load(bias + j, n) : load(x + j, n);
-            const Vec du = load(dout + j, n) * Form::derivative(u);
+            const Both gelu = Form::both(u);
+            const Vec du = load(dout + j, n) * gelu.derivative;
+            if (out) store(out + j, gelu.value, n);
             store(dx + j, du, n);
             store(dbias + j, load(dbias + j) + keep(du, n));
         });

@@ -83,9 +83,9 @@ struct BiasGelu {
 void bias_gelu_fwd(const BiasGelu&, int threads);
 
 struct BiasGeluBackward {
-    BiasGelu forward;                                          // out unused
+    BiasGelu forward;                                          // out, if there, is made anew
     const void* dout;                                          // [rows, cols]
-    void* dx;                                                  // [rows, cols]
+    void* dx;                                                  // [rows, cols], may be dout
     void* dbias;                                               // [cols] or null
 };
 void bias_gelu_bwd(const BiasGeluBackward&, int threads);
