@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM: a training finishes its step and saves before it stops."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside of the block, as Ctrl-C does."""
+    with _handling(signal.default_int_handler, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def noted_interrupts(once: bool = True) -> Iterator[Callable[[], bool]]:
+    """A function that says whether a signal to stop has come since the block began; it has raised nothing.
+
+    once: whether a second signal does what it did before the block. torchrun passes on what its processes were sent
+        already, so that they had better take no notice of repetitions.
+    """
+    seen = False
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal seen
+        seen = True
+        if once:
+            for other in _SIGNALS:
+                signal.signal(other, before[other])
+
+    with _handling(note, *_SIGNALS):
+        yield lambda: seen
+
+
+@contextmanager
+def _handling(handler: Callable[[int, Any], Any], *numbers: int) -> Iterator[None]:
+    """The handler in place of those of before. Only the main thread has any: elsewhere nothing is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
