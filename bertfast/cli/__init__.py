@@ -1,4 +1,4 @@
-"""The command line: `bertfast doctor | check | bench | fill-mask | embed`.
+"""The command line: `bertfast doctor | check | bench | fill-mask | embed | finetune | predict`.
 
 Results go to stdout, and nothing else does. Exit status: 0 all well, 1 a verdict that is no, or something broken, 2 a
 mistake in what was given, 130 interrupted, 141 whoever read stdout has gone. A mistake is one line on stderr.
@@ -12,12 +12,20 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bertfast.cli import bench, check, doctor, embed, fill_mask
+from bertfast.cli import bench, check, doctor, embed, fill_mask, finetune, predict
 from bertfast.cli.output import UsageError, one_line, quiet_logs
 from bertfast.errors import BertfastError
 
 # Each has HELP, add_arguments(parser) and run(args) -> exit status; its docstring is what --help says.
-COMMANDS = {"doctor": doctor, "check": check, "bench": bench, "fill-mask": fill_mask, "embed": embed}
+COMMANDS = {
+    "doctor": doctor,
+    "check": check,
+    "bench": bench,
+    "fill-mask": fill_mask,
+    "embed": embed,
+    "finetune": finetune,
+    "predict": predict,
+}
 
 OK, BROKEN, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
