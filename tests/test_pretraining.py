@@ -317,14 +317,20 @@ def _two(place: Path, rank: int, port: int) -> None:
     found = {}
     with suppress(RuntimeError), join_processes() as processes:
         make(place / "plain", processes, sizes=NO_DROPOUT, steps=12, accumulate=2).run()
-        make(place / "whole", processes).run()
-        try:
-            make(place / "broken", processes).run(interrupt_at(4))  # the report, and so the signal, in one process
-        except InterruptedTraining as error:
-            found["interrupted"] = str(error)
-        training = make(place / "broken", processes)
-        found["done"] = training.resume()
-        training.run()
+        for optimizer in ("adamw", "lamb"):
+            options = {"sizes": NO_DROPOUT, "optimizer": optimizer}
+            make(place / optimizer, processes, **options).run()
+            make(place / f"sharded {optimizer}", processes, sharded=True, **options).run()
+        for sharded in (False, True):
+            broken = place / f"broken {sharded}"
+            make(place / f"whole {sharded}", processes, sharded=sharded, recompute=sharded).run()
+            try:  # the report, and so the signal, is in one process
+                make(broken, processes, sharded=sharded).run(interrupt_at(4))
+            except InterruptedTraining as error:
+                found["interrupted", sharded] = str(error)
+            training = make(broken, processes, sharded=sharded, recompute=sharded)
+            found["done", sharded] = training.resume()
+            training.run()
         try:
             with processes.together():
                 if rank == 0:
@@ -356,9 +362,14 @@ def test_two_processes(tmp_path, clean_processes):
     for one, both in zip(alone, log(tmp_path / "plain"), strict=True):
         assert one == pytest.approx(both, rel=1e-5, abs=1e-6)
 
-    assert [f["interrupted"] for f in found] == ["interrupted after step 5 of 8, and saved"] * 2
-    assert [f["done"] for f in found] == [5, 5]
-    assert log(tmp_path / "broken") == log(tmp_path / "whole")
-    assert same_weights(tmp_path / "broken", tmp_path / "whole")
+    for optimizer in ("adamw", "lamb"):
+        for one, other in zip(log(tmp_path / optimizer), log(tmp_path / f"sharded {optimizer}"), strict=True):
+            assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+    for sharded in (False, True):
+        assert [f["interrupted", sharded] for f in found] == ["interrupted after step 5 of 8, and saved"] * 2
+        assert [f["done", sharded] for f in found] == [5, 5]
+        broken, whole = tmp_path / f"broken {sharded}", tmp_path / f"whole {sharded}"
+        assert log(broken) == log(whole) and same_weights(broken, whole)
     assert found[0]["together"] == "CheckpointError('the disk is full')"
     assert found[1]["together"] == repr(OtherProcessError("stopped with process 0: the disk is full"))

@@ -14,7 +14,7 @@ from bertfast.errors import CheckpointError
 _NAME = "step-{:08d}"
 _PATTERN = re.compile(r"step-(\d{8,})")
 _TEMPORARY, _DAMAGED = ".partial", ".damaged"
-_SUMS = "SHA256SUMS"  # what `sha256sum --check` reads
+SUMS = "SHA256SUMS"  # what `sha256sum --check` reads
 
 
 class Checkpoints:
@@ -26,19 +26,23 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self.directory, self.keep = directory, keep
 
+    def place(self, step: int) -> Path:
+        """Where the checkpoint of this step is."""
+        return self.directory / _NAME.format(step)
+
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Have `write(directory)` fill a new checkpoint, and remove those that are too many.
 
         It gets its name when all of it is on the disk, so that a crash at any moment leaves the earlier ones. Raises
         CheckpointError where it cannot be written: nothing is left of it then, and the earlier ones stand.
         """
-        final = self.directory / _NAME.format(step)
+        final = self.place(step)
         partial = final.with_name(final.name + _TEMPORARY)
         try:
             _remove(partial)
             partial.mkdir(parents=True)
             write(partial)
-            (partial / _SUMS).write_text("".join(f"{_sum(path)}  {path.name}\n" for path in _files(partial)))
+            (partial / SUMS).write_text("".join(f"{_sum(path)}  {path.name}\n" for path in _files(partial)))
             for path in (*_files(partial), partial):
                 _sync(path)
             os.replace(partial, final)
@@ -104,12 +108,12 @@ def _sum(path: Path) -> str:
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None for nothing."""
     try:
-        lines = (checkpoint / _SUMS).read_text().splitlines()
+        lines = (checkpoint / SUMS).read_text().splitlines()
         sums = (line.partition("  ") for line in lines)
         wrong = [name for expected, _, name in sums if _sum(checkpoint / name) != expected]
     except (FileNotFoundError, UnicodeDecodeError, IsADirectoryError) as error:
         return str(error)
-    return f"{', '.join(wrong)} changed since" if wrong else None if lines else f"{_SUMS} is empty"
+    return f"{', '.join(wrong)} changed since" if wrong else None if lines else f"{SUMS} is empty"
 
 
 def _sync(path: Path) -> None:

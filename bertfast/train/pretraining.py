@@ -6,6 +6,7 @@ however these are divided among processes and parts of the step.
 
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -15,22 +16,27 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from bertfast.errors import BertfastError, CheckpointError
 from bertfast.heads import BertForPreTraining
-from bertfast.train.checkpoints import Checkpoints
+from bertfast.train.checkpoints import SUMS, Checkpoints
 from bertfast.train.distributed import Processes
 from bertfast.train.interrupts import noted_interrupts
 from bertfast.train.optimizers import linear_schedule, make_optimizer
 from bertfast.train.progress import CURVE, Log, draw_curves, read_log
 from bertfast.train.recomputation import recompute_layers
+from bertfast.train.saving import write_together
 
 PRECISIONS = ("float32", "bfloat16")
 STATE = "training_state.pt"
+_PREFIX = "model."  # of the weights' names in `_Objective`
 Record = dict[str, float]
 
 
@@ -54,7 +60,8 @@ class PretrainingSettings:
 
     learning_rate: the highest; it rises over the `warmup` first steps and falls over the rest. optimizer: see
     OPTIMIZERS. clip: the gradient's largest norm. precision: "bfloat16" computes under autocast, on float32 weights.
-    recompute: save memory, see `recompute_layers`. save_every: steps between checkpoints. seed: of dropout.
+    recompute: save memory, see `recompute_layers`. sharded: each process keeps only its share of the weights and of the
+    optimizer's state (FSDP). save_every: steps between checkpoints. seed: of dropout.
     """
 
     steps: int
@@ -66,6 +73,7 @@ class PretrainingSettings:
     clip: float = 1.0
     precision: str = "float32"
     recompute: bool = False
+    sharded: bool = False
     save_every: int = 1000
     seed: int = 0
 
@@ -129,6 +137,7 @@ class Pretraining:
         self.model = model.to(processes.device).train()
         if settings.recompute:
             recompute_layers(model.bert.encoder)
+        self._objective = _parallel(_Objective(model), processes, settings.sharded)
         self._batches, self._save_vocabulary = batches, save_vocabulary
         self.optimizer = make_optimizer(settings.optimizer, model, settings.learning_rate, settings.weight_decay)
         self.schedule = linear_schedule(self.optimizer, settings.warmup, settings.steps)
@@ -153,15 +162,13 @@ class Pretraining:
         Raises InterruptedTraining after Ctrl-C or SIGTERM, when a checkpoint has been saved; DivergedError where the
         loss is not finite; CheckpointError where the disk is full; and what `batches` raises.
         """
-        wrapped = _Objective(self.model)
-        objective = wrapped if self.processes.count == 1 else DistributedDataParallel(wrapped)
         with (
             self._log() as log,
             closing(self._stream()) as stream,
             noted_interrupts(once=self.processes.count == 1) as interrupted,
         ):
             while self.step < self.settings.steps:
-                record, stop = self._update(objective, stream, interrupted)
+                record, stop = self._update(stream, interrupted)
                 if self.processes.first:
                     log.write(self.step, record)
                     report({"step": self.step, **record})
@@ -190,16 +197,15 @@ class Pretraining:
                 raise BertfastError("the texts hold nothing to train on: not a single batch")
             epoch, start = epoch + 1, 0
 
-    def _update(
-        self, objective: nn.Module, stream: Iterator[tuple[Any, _Position]], interrupted: Callable[[], bool]
-    ) -> tuple[Record, bool]:
+    def _update(self, stream: Iterator[tuple[Any, _Position]], interrupted: Callable[[], bool]) -> tuple[Record, bool]:
         """One step. Returns its record, and whether one of the processes was told to stop."""
         begin, settings = time.perf_counter(), self.settings
         parts = [next(stream) for _ in range(settings.accumulate)]
         labelled = sum(examples.labelled for examples, _ in parts)
         sequences = sum(examples.sequences for examples, _ in parts)
-        sums = self._backward(objective, [examples for examples, _ in parts], labelled, sequences)
+        sums = self._backward([examples for examples, _ in parts], labelled, sequences)
         norm = clip_grad_norm_(self.model.parameters(), settings.clip)
+        norm = norm.full_tensor() if settings.sharded else norm
         tokens = sum(examples.batch.packing.tokens for examples, _ in parts)
         sums = self.processes.total(torch.cat((sums, sums.new_tensor([tokens, interrupted()]))))
         *found, norm = torch.cat((sums, norm.detach().double()[None])).tolist()
@@ -212,9 +218,9 @@ class Pretraining:
         self.step, self._position = self.step + 1, parts[-1][1]
         return record | {"tokens": int(total.tokens), "seconds": time.perf_counter() - begin}, total.interrupted > 0
 
-    def _backward(self, objective: nn.Module, parts: Sequence[Any], labelled: int, sequences: int) -> Tensor:
-        """The gradients of a step, averaged over the processes only after its last part. Returns (4,) of `_Sums`."""
-        device, sums = self.processes.device, 0
+    def _backward(self, parts: Sequence[Any], labelled: int, sequences: int) -> Tensor:
+        """The gradients of a step; DDP averages them over processes after its last part. Returns (4,) of `_Sums`."""
+        objective, device, sums = self._objective, self.processes.device, 0
         for i, examples in enumerate(parts, 1):
             waits = i < len(parts) and isinstance(objective, DistributedDataParallel)
             examples = examples._replace(
@@ -249,49 +255,72 @@ class Pretraining:
             )
 
     def _save(self, log: Log) -> None:
-        generators = self.processes.gather(_generator_states(self.processes.device))
-        with self.processes.together():
-            if self.processes.first:
-                log.sync()
-                self.checkpoints.save(self.step, lambda directory: self._write(directory, generators))
-        self._saved = self.step
-
-    def _write(self, directory: Path, generators: list[dict[str, Any]]) -> None:
-        """Everything that `_load` reads, and what transformers does."""
-        self.model.save_pretrained(directory)
-        self._save_vocabulary(directory)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered by the first process alone
+        weights, optimizer = get_state_dict(self._objective, self.optimizer, options=whole)
         state = {
             "step": self.step,
             "position": tuple(self._position),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
-            "generators": generators,
+            "generators": self.processes.gather(_generator_states(self.processes.device)),
         }
+        with self.processes.together():
+            if self.processes.first:
+                log.sync()
+                self.checkpoints.save(self.step, lambda directory: self._write(directory, weights, state))
+        self._saved = self.step
+
+    def _write(self, directory: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Everything that `_load` reads, and what transformers does."""
+        with torch.device("meta"):
+            model = BertForPreTraining(self.model.config)
+        model.load_state_dict({key.removeprefix(_PREFIX): t for key, t in weights.items()}, assign=True)
+        model.tie_weights()
+        model.save_pretrained(directory)
+        self._save_vocabulary(directory)
         torch.save(state, directory / STATE)
 
     def _load(self, checkpoint: Path) -> None:
         stored = BertForPreTraining.from_pretrained(checkpoint)
-        self.model.load_state_dict(stored.state_dict())
+        weights = {_PREFIX + key: t for key, t in stored.state_dict().items()}
         try:
             state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{checkpoint / STATE} cannot be read: {error}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            self._objective,
+            self.optimizer,
+            model_state_dict=weights,
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
         self.schedule.load_state_dict(state["schedule"])
         self.step = self._saved = state["step"]
         self._position = _Position(*state["position"])
         _restore_generators(state["generators"][self.processes.rank], self.processes.device)
 
     def _finish(self) -> None:
-        """The finished model with its vocabulary, and the curve, in the training's directory."""
-        try:
-            self._save_vocabulary(self.directory)
-            self.model.save_pretrained(self.directory)
-            draw_curves(read_log(self.directory), PANELS, self.directory / CURVE)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.directory} cannot be written: {error}; the last checkpoint is whole, run the same command again"
-            ) from error
+        """The finished model with its vocabulary, which are the last checkpoint's, and the curve, in the directory."""
+
+        def write(folder: Path) -> None:
+            for path in self.checkpoints.place(self.step).iterdir():
+                if path.name not in (STATE, SUMS):
+                    shutil.copy(path, folder)
+            draw_curves(read_log(self.directory), PANELS, folder / CURVE)
+
+        write_together(self.directory, write)
+
+
+def _parallel(objective: _Objective, processes: Processes, sharded: bool) -> nn.Module:
+    """The objective of one process among several."""
+    if processes.count == 1:
+        return objective
+    if not sharded:
+        return DistributedDataParallel(objective)
+    mesh = dist.init_device_mesh(processes.device.type, (processes.count,))
+    for layer in objective.model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(objective, mesh=mesh)
 
 
 PANELS = {
