@@ -1,0 +1,181 @@
+"""Texts as token ids in memory-mapped files: tokenised once, and never in memory as a whole."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from bertfast.errors import DataError
+from bertfast.train.sources import find_files, read_batches
+from bertfast.train.vocabulary import Vocabulary
+
+_FORMAT = 1
+_HEADER = "header.json"
+_CHUNK = 1 << 24  # bytes
+
+
+class Corpus:
+    """Tokenised texts: documents of sentences of tokens, on disk.
+
+    tokens: (tokens,) uint16 or uint32, all sentences behind one another. sentences: (sentences + 1,) int64, where each
+    begins among the tokens. documents: (documents + 1,) int64, where each begins among the sentences. All are views of
+    mapped files. fingerprint: that of the vocabulary.
+    """
+
+    def __init__(self, directory: Path, header: dict[str, Any]) -> None:
+        self.directory, self._header = directory, header
+        self.fingerprint: str = header["vocabulary"]
+        self.tokens, self.sentences, self.documents = (
+            np.memmap(directory / f"{name}.bin", dtype=column["dtype"], mode="r")
+            for name, column in header["columns"].items()
+        )
+
+    def __reduce__(self) -> tuple:
+        """Other processes map the files, too: pickling the arrays would copy them."""
+        return Corpus, (self.directory, self._header)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Corpus":
+        """The corpus in a directory. Raises DataError where it is damaged, which takes reading it once."""
+        directory = Path(directory)
+        header = _read_header(directory)
+        for name, column in header["columns"].items():
+            if _checksum(directory / f"{name}.bin") != column["checksum"]:
+                raise DataError(f"{directory / name}.bin is damaged: it is not what was written")
+        return cls(directory, header)
+
+
+def open_corpus(paths: Iterable[str | Path], vocabulary: Vocabulary, cache: str | Path) -> Corpus:
+    """The texts, tokenised: what the cache directory has of them, if neither they nor the vocabulary have changed.
+
+    paths: as in `find_files`. What the cache holds is complete at any time: a new corpus is built beside it. Raises
+    DataError for texts that cannot be read, texts without a word, and a single document, of which no random pairs can
+    be made; warns where what the cache had was damaged.
+    """
+    files = find_files(paths)
+    sources = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+    names = json.dumps([vocabulary.fingerprint, [name for name, *_ in sources]])
+    place = Path(cache) / hashlib.sha256(names.encode()).hexdigest()[:16]
+    if place.exists():
+        try:
+            if _read_header(place)["sources"] == sources:
+                return Corpus.open(place)
+        except DataError as error:
+            warnings.warn(f"the tokenised texts are made anew: {error}", stacklevel=2)
+    try:
+        _build(place, files, sources, vocabulary)
+    except OSError as error:
+        raise DataError(f"{place} cannot be written: {error.strerror or error}") from error
+    return Corpus.open(place)
+
+
+class _Column:
+    """A file of numbers that is being written."""
+
+    def __init__(self, file: IO[bytes], dtype: str) -> None:
+        self.file, self.dtype = file, dtype
+        self.count = self.checksum = 0
+
+    def append(self, values: Sequence[int] | np.ndarray) -> None:
+        data = np.asarray(values, dtype=self.dtype).tobytes()
+        self.file.write(data)
+        self.checksum = zlib.crc32(data, self.checksum)
+        self.count += len(values)
+
+    def describe(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "count": self.count, "checksum": self.checksum}
+
+
+def _build(place: Path, files: Sequence[Path], sources: list, vocabulary: Vocabulary) -> None:
+    """Tokenise the files into `place`, which is replaced at the end, or left as it was after an error."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".building-") as temporary:
+        built = Path(temporary) / "corpus"
+        built.mkdir()
+        columns = _write_columns(built, files, vocabulary)
+        header = {"format": _FORMAT, "vocabulary": vocabulary.fingerprint, "sources": sources, "columns": columns}
+        (built / _HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        if place.exists():
+            os.replace(place, Path(temporary) / "old")
+        os.replace(built, place)
+
+
+def _write_columns(directory: Path, files: Sequence[Path], vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
+    tokenizer = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
+    tokenizer.encode_special_tokens = True  # a "[MASK]" that somebody wrote is text
+    dtypes = {"tokens": "<u2" if vocabulary.size <= 1 << 16 else "<u4", "sentences": "<i8", "documents": "<i8"}
+    with (
+        open(directory / "tokens.bin", "wb") as tokens_file,
+        open(directory / "sentences.bin", "wb") as sentences_file,
+        open(directory / "documents.bin", "wb") as documents_file,
+    ):
+        opened = (tokens_file, sentences_file, documents_file)
+        columns = {name: _Column(file, dtypes[name]) for name, file in zip(dtypes, opened, strict=True)}
+        tokens, sentences, documents = columns.values()
+        sentences.append([0])
+        documents.append([0])
+        begin = 0  # of the document, among the sentences
+
+        def end_document(border: int) -> None:
+            nonlocal begin
+            if border > begin:
+                documents.append([border])
+                begin = border
+
+        for path in files:
+            for lines in read_batches(path):
+                ends, ids = [], []
+                encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+                for line, encoding in zip(lines, encodings, strict=True):
+                    if found := encoding.ids:
+                        ids.append(np.array(found, dtype=tokens.dtype))
+                        ends.append(len(found))
+                    elif not line.strip():
+                        end_document(sentences.count - 1 + len(ends))
+                if ids:
+                    sentences.append(tokens.count + np.cumsum(ends))
+                    tokens.append(np.concatenate(ids))
+            end_document(sentences.count - 1)
+    if documents.count < 3:
+        found = "no words" if documents.count == 1 else "a single document"
+        raise DataError(
+            f"{', '.join(map(str, files))}: {found}, and sentence pairs take two: "
+            "one sentence a line, a blank line between documents"
+        )
+    return {name: column.describe() for name, column in columns.items()}
+
+
+def _read_header(directory: Path) -> dict[str, Any]:
+    """What the header says, if the files have the sizes that follow from it."""
+    path = directory / _HEADER
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        known = header["format"] == _FORMAT and len(header["sources"]) > 0
+        expected = {name: np.dtype(c["dtype"]).itemsize * c["count"] for name, c in header["columns"].items()}
+        sizes = {name: (directory / f"{name}.bin").stat().st_size for name in expected}
+    except OSError as error:
+        raise DataError(f"{directory} is no tokenised corpus: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}") from error
+    if not known:
+        raise DataError(f"{directory} is of another version of bertfast")
+    if wrong := [
+        f"{name}.bin has {size} bytes, not {expected[name]}" for name, size in sizes.items() if size != expected[name]
+    ]:
+        raise DataError(f"{directory} is damaged: {', '.join(wrong)}")
+    return header
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
