@@ -6,7 +6,8 @@ import os
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,12 +53,20 @@ class Corpus:
         return cls(directory, header)
 
 
-def open_corpus(paths: Iterable[str | Path], vocabulary: Vocabulary, cache: str | Path) -> Corpus:
+def open_corpus(
+    paths: Iterable[str | Path],
+    vocabulary: Vocabulary,
+    cache: str | Path,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Corpus:
     """The texts, tokenised: what the cache directory has of them, if neither they nor the vocabulary have changed.
 
-    paths: as in `find_files`. What the cache holds is complete at any time: a new corpus is built beside it. Raises
-    DataError for texts that cannot be read, texts without a word, and a single document, of which no random pairs can
-    be made; warns where what the cache had was damaged.
+    paths: as in `find_files`. advance: called now and then with how many more of the files' bytes have been tokenised.
+    What the cache holds is complete at any time: a new corpus is built beside it. Of several processes, one should
+    build it and the others open it then.
+
+    Raises DataError for texts that cannot be read, texts without a word, and a single document, of which no random
+    pairs can be made; warns where what the cache had was damaged.
     """
     files = find_files(paths)
     sources = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
@@ -70,7 +79,7 @@ def open_corpus(paths: Iterable[str | Path], vocabulary: Vocabulary, cache: str 
         except DataError as error:
             warnings.warn(f"the tokenised texts are made anew: {error}", stacklevel=2)
     try:
-        _build(place, files, sources, vocabulary)
+        _build(place, files, sources, vocabulary, advance)
     except OSError as error:
         raise DataError(f"{place} cannot be written: {error.strerror or error}") from error
     return Corpus.open(place)
@@ -93,13 +102,15 @@ class _Column:
         return {"dtype": self.dtype, "count": self.count, "checksum": self.checksum}
 
 
-def _build(place: Path, files: Sequence[Path], sources: list, vocabulary: Vocabulary) -> None:
+def _build(
+    place: Path, files: Sequence[Path], sources: list, vocabulary: Vocabulary, advance: Callable[[int], Any]
+) -> None:
     """Tokenise the files into `place`, which is replaced at the end, or left as it was after an error."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".building-") as temporary:
         built = Path(temporary) / "corpus"
         built.mkdir()
-        columns = _write_columns(built, files, vocabulary)
+        columns = _write_columns(built, files, vocabulary, advance)
         header = {"format": _FORMAT, "vocabulary": vocabulary.fingerprint, "sources": sources, "columns": columns}
         (built / _HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
         if place.exists():
@@ -107,17 +118,17 @@ def _build(place: Path, files: Sequence[Path], sources: list, vocabulary: Vocabu
         os.replace(built, place)
 
 
-def _write_columns(directory: Path, files: Sequence[Path], vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
+def _write_columns(
+    directory: Path, files: Sequence[Path], vocabulary: Vocabulary, advance: Callable[[int], Any]
+) -> dict[str, dict[str, Any]]:
     tokenizer = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
     tokenizer.encode_special_tokens = True  # a "[MASK]" that somebody wrote is text
     dtypes = {"tokens": "<u2" if vocabulary.size <= 1 << 16 else "<u4", "sentences": "<i8", "documents": "<i8"}
-    with (
-        open(directory / "tokens.bin", "wb") as tokens_file,
-        open(directory / "sentences.bin", "wb") as sentences_file,
-        open(directory / "documents.bin", "wb") as documents_file,
-    ):
-        opened = (tokens_file, sentences_file, documents_file)
-        columns = {name: _Column(file, dtypes[name]) for name, file in zip(dtypes, opened, strict=True)}
+    with ExitStack() as files_to_write:
+        columns = {
+            name: _Column(files_to_write.enter_context((directory / f"{name}.bin").open("wb")), dtype)
+            for name, dtype in dtypes.items()
+        }
         tokens, sentences, documents = columns.values()
         sentences.append([0])
         documents.append([0])
@@ -130,7 +141,7 @@ def _write_columns(directory: Path, files: Sequence[Path], vocabulary: Vocabular
                 begin = border
 
         for path in files:
-            for lines in read_batches(path):
+            for lines in read_batches(path, advance):
                 ends, ids = [], []
                 encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
                 for line, encoding in zip(lines, encodings, strict=True):
@@ -145,9 +156,10 @@ def _write_columns(directory: Path, files: Sequence[Path], vocabulary: Vocabular
             end_document(sentences.count - 1)
     if documents.count < 3:
         found = "no words" if documents.count == 1 else "a single document"
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise DataError(
-            f"{', '.join(map(str, files))}: {found}, and sentence pairs take two: "
-            "one sentence a line, a blank line between documents"
+            f"{files[0]}{more}: {found}, where pairs of sentences take two documents at least: "
+            "write one sentence a line, and a blank line between documents"
         )
     return {name: column.describe() for name, column in columns.items()}
 
@@ -157,19 +169,18 @@ def _read_header(directory: Path) -> dict[str, Any]:
     path = directory / _HEADER
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-        known = header["format"] == _FORMAT and len(header["sources"]) > 0
+        version, _ = header["format"], header["sources"]
         expected = {name: np.dtype(c["dtype"]).itemsize * c["count"] for name, c in header["columns"].items()}
         sizes = {name: (directory / f"{name}.bin").stat().st_size for name in expected}
     except OSError as error:
         raise DataError(f"{directory} is no tokenised corpus: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error!r}") from error
-    if not known:
-        raise DataError(f"{directory} is of another version of bertfast")
-    if wrong := [
-        f"{name}.bin has {size} bytes, not {expected[name]}" for name, size in sizes.items() if size != expected[name]
-    ]:
-        raise DataError(f"{directory} is damaged: {', '.join(wrong)}")
+    if version != _FORMAT:
+        raise DataError(f"{directory} has format {version}, of another version of bertfast")
+    for name, size in sizes.items():
+        if size != expected[name]:
+            raise DataError(f"{directory / name}.bin is damaged: it has {size} bytes instead of {expected[name]}")
     return header
 
 

@@ -3,14 +3,15 @@
 import codecs
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import Any, BinaryIO
 
 from bertfast.errors import DataError
 
 _ENDINGS = (".txt", ".txt.gz")
 _BATCH = 1_000_000  # characters of a batch of lines: enough to keep several cores busy
+_LINES = 1024  # between two reports of progress
 
 
 def find_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -39,13 +40,16 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path, advance: Callable[[int], Any] = lambda count: None) -> Iterator[str]:
     """The lines of a file, without their ends, blank ones too; only one of them is in memory.
+
+    advance: called now and then with how many more bytes of the file have been read.
 
     Raises DataError, with the line, where the file is not UTF-8, and where it cannot be read or decompressed.
     """
     try:
-        with _open(path) as file:
+        with path.open("rb") as stored, _decompressed(stored, path) as file:
+            done = 0
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -55,19 +59,23 @@ def read_lines(path: Path) -> Iterator[str]:
                     byte = line[error.start]
                     raise DataError(f"{path}:{number}: not UTF-8 text: byte {byte:#04x}") from None
                 yield text.rstrip("\r\n")
+                if number % _LINES == 0:
+                    advance(stored.tell() - done)
+                    done = stored.tell()
+            advance(stored.tell() - done)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+def _decompressed(stored: BinaryIO, path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.GzipFile(fileobj=stored) if path.name.endswith(".gz") else stored
 
 
-def read_batches(path: Path) -> Iterator[list[str]]:
+def read_batches(path: Path, advance: Callable[[int], Any] = lambda count: None) -> Iterator[list[str]]:
     """The lines of a file, as `read_lines`, by about a million characters at once."""
     batch: list[str] = []
     characters = 0
-    for line in read_lines(path):
+    for line in read_lines(path, advance):
         batch.append(line)
         characters += len(line) + 1
         if characters >= _BATCH:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from bertfast.errors import DataError
 from bertfast.train.extra import need
-from bertfast.train.sources import read_batches
+from bertfast.train.sources import read_batches, read_lines
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUES = "##"
@@ -25,8 +25,8 @@ class Vocabulary:
     """The pieces that texts are cut into.
 
     tokenizer: the tokenizers.Tokenizer. lowercase: whether it ignores case. size: the highest id + 1. The ids of the
-    five special tokens; special: (size,) bool, which ids are theirs, or those of other special tokens, or of none;
-    continues: (size,) bool, which ids continue a word ("##").
+    five special tokens; special: (size,) bool, which ids are theirs or those of other special tokens; continues:
+    (size,) bool, which ids continue a word ("##").
     """
 
     tokenizer: Any
@@ -41,7 +41,13 @@ class Vocabulary:
     continues: np.ndarray
 
     @classmethod
-    def train(cls, files: Sequence[Path], size: int, lowercase: bool = True) -> "Vocabulary":
+    def train(
+        cls,
+        files: Sequence[Path],
+        size: int,
+        lowercase: bool = True,
+        advance: Callable[[int], Any] = lambda count: None,
+    ) -> "Vocabulary":
         """A new vocabulary of the most useful pieces in the texts: the same texts give the same one.
 
         The texts are read twice, never held; in memory are their different words. Small texts may hold fewer pieces
@@ -50,14 +56,14 @@ class Vocabulary:
         """
         tokenizers = need("tokenizers", "a vocabulary")
         draft = _tokenizer([], lowercase)
-        alphabet = _alphabet(files, draft)
+        alphabet = _alphabet(files, draft, advance)
         if not alphabet:
             raise DataError("the texts hold no words")
         # The ids of characters follow the order of a hash table, and ties between merges follow ids. Naming all
         # characters in advance is what makes the result the same each time.
         pieces = [*SPECIAL_TOKENS, *alphabet, *(_CONTINUES + c for c in alphabet if _can_continue(c, draft))]
         if len(pieces) > size:
-            raise ValueError(f"a vocabulary of {size} does not hold the texts' characters: give {len(pieces)} or more")
+            raise DataError(f"a vocabulary of {size} does not hold the texts' characters: give {len(pieces)} or more")
         trainer = tokenizers.trainers.WordPieceTrainer(
             vocab_size=size,
             min_frequency=_LEAST_COUNT,
@@ -67,7 +73,7 @@ class Vocabulary:
             continuing_subword_prefix=_CONTINUES,
             show_progress=False,
         )
-        draft.train_from_iterator((line for path in files for batch in read_batches(path) for line in batch), trainer)
+        draft.train_from_iterator((batch for path in files for batch in read_batches(path)), trainer)
         ids = draft.get_vocab()
         return cls._from_tokenizer(_tokenizer(sorted(ids, key=ids.__getitem__), lowercase), "the texts' vocabulary")
 
@@ -90,8 +96,8 @@ class Vocabulary:
         words = path / "vocab.txt" if path.is_dir() else path
         if not words.is_file():
             raise DataError(f"there is no vocabulary at {path}: name a vocab.txt, or a directory with one")
-        tokens = [line.strip() for batch in read_batches(words) for line in batch]
-        _check_unique(tokens, words)
+        tokens = list(read_lines(words))
+        _check_lines(tokens, words)
         if lowercase is None:
             lowercase = _lowercase(words.with_name("tokenizer_config.json"), tokens)
         return cls._from_tokenizer(_tokenizer(tokens, lowercase), str(words))
@@ -106,9 +112,10 @@ class Vocabulary:
             raise DataError(f"{source} lacks {', '.join(missing)}, which pre-training takes: add a line for each")
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        size = max(ids.values()) + 1
-        special, continues = np.ones(size, dtype=bool), np.zeros(size, dtype=bool)
-        special[list(ids.values())] = False
+        size = len(ids)
+        if sorted(ids.values()) != list(range(size)):
+            raise DataError(f"the ids of {source} are not 0 to {size - 1}, each once")
+        special, continues = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
         special[[ids[token] for token in SPECIAL_TOKENS]] = True
         special[[i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]] = True
         continues[[i for token, i in ids.items() if token.startswith(_CONTINUES) and token != _CONTINUES]] = True
@@ -157,11 +164,11 @@ def _tokenizer(tokens: Sequence[str], lowercase: bool) -> Any:
     return tokenizer
 
 
-def _alphabet(files: Iterable[Path], tokenizer: Any) -> list[str]:
+def _alphabet(files: Iterable[Path], tokenizer: Any, advance: Callable[[int], Any]) -> list[str]:
     """The commonest characters of the texts' words, in the order of their code points."""
     counts = np.zeros(0x110000, dtype=np.int64)
     for path in files:
-        for batch in read_batches(path):
+        for batch in read_batches(path, advance):
             text = tokenizer.normalizer.normalize_str("\n".join(batch))
             counts += np.bincount(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), minlength=len(counts))
     counts[[i for i in np.flatnonzero(counts) if chr(i).isspace()]] = 0
@@ -175,13 +182,14 @@ def _can_continue(character: str, tokenizer: Any) -> bool:
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
 
 
-def _check_unique(tokens: Sequence[str], path: Path) -> None:
-    seen: dict[str, int] = {}
+def _check_lines(tokens: Sequence[str], path: Path) -> None:
+    lines: dict[str, int] = {}
     for number, token in enumerate(tokens, 1):
-        if token in seen:
-            name = repr(token) if token else "a blank line"
-            raise DataError(f"{path}:{number}: {name} is in line {seen[token]} already: each token has one id")
-        seen[token] = number
+        if not token:
+            raise DataError(f"{path}:{number}: a blank line: a vocabulary has a token in each")
+        if token in lines:
+            raise DataError(f"{path}:{number}: {token!r} is in line {lines[token]} already: a token has one id")
+        lines[token] = number
 
 
 def _lowercase(config: Path, tokens: Sequence[str]) -> bool:
