@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
         _note(f"batches are padded: {runner.padded}")
     if new:
         _note(f"new, to be trained: {', '.join(new)}")
-    examples = [Examples(rows, _encode(task, rows, tokenizer)) for rows in (training, evaluation)]
+    examples = [
+        _encode(task, rows, tokenizer, what) for rows, what in ((training, "training"), (evaluation, "evaluation"))
+    ]
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     report = {
         "task": task.name,
@@ -137,11 +139,11 @@ def _read(args: argparse.Namespace, task: Task) -> tuple[Task, Sequence[Any], Se
     return task, training, evaluation
 
 
-def _encode(task: Task, rows: Sequence[Any], tokenizer: Any) -> Sequence[Any]:
-    features, lost = task.encode(rows, tokenizer)
-    if lost:
-        _note(lost)
-    return features
+def _encode(task: Task, rows: Sequence[Any], tokenizer: Any, what: str) -> Examples:
+    features, changes = task.encode(rows, tokenizer)
+    for change, count in changes.items():
+        _note(f"{what}: {count} {change}")
+    return Examples(rows, features)
 
 
 def _train(
@@ -168,11 +170,9 @@ def _train(
                 line = f"epoch {epoch.number} of {settings.epochs}: loss {epoch.loss:.4f}, {metric}{saved}"
                 bar.write(line, file=sys.stderr)
     except KeyboardInterrupt:
-        left = f"the best model so far, of epoch {report['best_epoch']}, is in {output}"
-        raise Interrupted(f"interrupted; {left if 'best_epoch' in report else 'nothing was saved yet'}") from None
-    finally:
-        if not any(output.iterdir()):
-            output.rmdir()
+        best = report.get("best_epoch")
+        left = f"{output} holds the best model so far, of epoch {best}" if best else "nothing was saved yet"
+        raise Interrupted(f"interrupted; {left}") from None
 
 
 def _keep(

@@ -11,6 +11,7 @@ FILE is as for training, labels aside: they are not looked at, unless --metrics 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -50,10 +51,13 @@ def run(args: argparse.Namespace) -> int:
     runner = Runner(model, task.labels_of, tokenizer.pad_token_id or 0, args.precision)
     if runner.padded:
         _note(f"batches are padded: {runner.padded}")
+    changes: Counter[str] = Counter()
     destination = replacing(args.output) if args.output else nullcontext(sys.stdout)
     with destination as file, progress_bar(len(rows), "predicting", unit="row") as bar:
-        predictions = predict(runner, task, rows, tokenizer, args.batch_size, bar.update, _note)
+        predictions = predict(runner, task, rows, tokenizer, args.batch_size, changes, bar.update)
         predictions = _write(predictions, file, keep=args.metrics)
+    for change, count in changes.items():
+        _note(f"{count} {change}")
     if args.output:
         print(f"{args.output}: {len(rows)} predictions")
     if args.metrics:

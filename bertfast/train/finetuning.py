@@ -17,7 +17,7 @@ from bertfast.train.prediction import infer
 from bertfast.train.runner import Runner
 from bertfast.train.tasks import Task
 
-HELD_OUT = 0.1
+_ONE_OF = 10  # rows is held out
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,14 @@ def finetune(
 def hold_out(task: Task, rows: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
     """The rows to train on and a tenth of them to evaluate with, drawn by the seed from every stratum of the task.
 
-    Both in the order of the file. Raises DataError where there are too few rows for a tenth of them.
+    Both in the order of the file; a row that is alone in its stratum is trained on. Raises DataError where there are
+    too few rows for a tenth of them.
     """
     strata = defaultdict(list)
-    for place, row in enumerate(rows):
-        strata[task.stratum(row)].append(place)
-    draw = random.Random(seed)
-    held = {place for places in strata.values() for place in draw.sample(places, round(HELD_OUT * len(places)))}
+    for place in random.Random(seed).sample(range(len(rows)), len(rows)):
+        strata[task.stratum(rows[place])].append(place)
+    drawn = [place for places in strata.values() if len(places) > 1 for place in places]
+    held = set(drawn[_ONE_OF // 2 :: _ONE_OF])
     if not held:
         raise DataError(f"{len(rows)} rows are too few to hold a tenth of them out: give --eval a file to evaluate on")
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]

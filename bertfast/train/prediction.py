@@ -1,5 +1,6 @@
 """What a fine-tuned model says of rows."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,19 +17,18 @@ def predict(
     rows: Sequence[Any],
     tokenizer: Any,
     batch_size: int,
+    changes: Counter[str],
     advance: Callable[[int], object] = lambda n: None,
-    note: Callable[[str], object] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """The prediction for each row, in their order, as the task's `decode` makes them.
 
-    advance(n) is called when n rows more are done, note(text) where the rows' encoding lost something.
+    changes: counts on what had to be done to rows to encode them. advance(n) is called when n rows more are done.
     """
     for start in range(0, len(rows), _PORTION):
         portion = rows[start : start + _PORTION]
-        features, lost = task.encode(portion, tokenizer)
+        features, found = task.encode(portion, tokenizer)
         check_vocabulary(features, runner.model)
-        if lost:
-            note(lost)
+        changes.update(found)
         yield from infer(runner, task, portion, features, batch_size)
         advance(len(portion))
 

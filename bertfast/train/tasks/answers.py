@@ -1,5 +1,6 @@
 """Answers to questions, cut out of a text: where they begin and end. Devlin et al. 2019, sections 4.2 and 4.3."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,18 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Places:
-    """Where a window's tokens stand in the context, as (start, end) characters; None for what is not of it.
+    """Where a window's tokens stand in the context, and the token that stands for "no answer in this window", [CLS].
 
-    null: the first token, [CLS], which stands for "no answer in this window".
+    spans: (tokens, 2) int32, the first character of each and the one behind its last; 0 and 0 for what is not of it.
     """
 
-    spans: list[Span | None]
+    spans: np.ndarray
     null: int
+
+    @property
+    def inside(self) -> np.ndarray:
+        """(tokens,) bool: which of them stand in the context."""
+        return self.spans[:, 1] > self.spans[:, 0]
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Answers(Task):
     def stratum(self, row: QuestionRow) -> bool:
         return bool(row.answers)
 
-    def encode(self, rows: Sequence[QuestionRow], tokenizer: Any) -> Encoded:
+    def _encode(self, rows: Sequence[QuestionRow], tokenizer: Any) -> Encoded:
         room = self.max_length - tokenizer.num_special_tokens_to_add(pair=True) - self.stride - 1
         questions = [row.question.strip() for row in rows]
         lengths = map(len, tokenizer(questions, add_special_tokens=False)["input_ids"])
@@ -87,9 +93,9 @@ class Answers(Task):
             Feature(row, ids, kinds, find_answer(wholes[row], place), place)
             for row, ids, kinds, place in zip(origins, encoded["input_ids"], types, places, strict=True)
         ]
-        windows = len(features) - len(rows)
-        note = f"contexts longer than {self.max_length} tokens run in {windows} windows more, overlapping"
-        return Encoded(features, note if windows else None)
+        more = len(features) - len(rows)
+        change = f"windows more, for contexts longer than {self.max_length} tokens"
+        return Encoded(features, Counter({change: more} if more else {}))
 
     def decode(
         self, rows: Sequence[QuestionRow], features: Sequence[Feature], logits: Sequence[np.ndarray]
@@ -111,9 +117,8 @@ class Answers(Task):
 def _places(offsets: Sequence[Span], parts: Sequence[int | None], ids: list[int], tokenizer: Any) -> Places:
     if tokenizer.cls_token_id not in ids:
         raise DataError("this tokenizer puts no [CLS] before a question, which would stand for no answer")
-    of_context = [part == 1 and span[1] > span[0] for span, part in zip(offsets, parts, strict=True)]
-    spans = [tuple(span) if inside else None for span, inside in zip(offsets, of_context, strict=True)]
-    return Places(spans, ids.index(tokenizer.cls_token_id))
+    spans = [span if part == 1 else (0, 0) for span, part in zip(offsets, parts, strict=True)]
+    return Places(np.array(spans, dtype=np.int32), ids.index(tokenizer.cls_token_id))
 
 
 def _answer_tokens(rows: Sequence[QuestionRow], origins: Sequence[int], windows: Sequence[Places]) -> list[set[Span]]:
@@ -122,7 +127,8 @@ def _answer_tokens(rows: Sequence[QuestionRow], origins: Sequence[int], windows:
     for row, places in zip(origins, windows, strict=True):
         for answer in rows[row].answers[:1]:
             start, end = answer.start, answer.start + len(answer.text)
-            tokens[row] |= {span for span in places.spans if span is not None and span[0] < end and span[1] > start}
+            found = places.inside & (places.spans[:, 0] < end) & (places.spans[:, 1] > start)
+            tokens[row] |= set(map(tuple, places.spans[found].tolist()))
     for row, found in zip(rows, tokens, strict=True):
         if row.answers and not found:
             raise DataError(f"{row.place}: the answer to question {row.id} is nothing to the tokenizer: leave it out")
@@ -131,8 +137,9 @@ def _answer_tokens(rows: Sequence[QuestionRow], origins: Sequence[int], windows:
 
 def find_answer(answer: set[Span], places: Places) -> Span:
     """The first and last token of an answer that has these tokens; twice the null token where the window lacks some."""
-    found = [i for i, span in enumerate(places.spans) if span in answer]
-    if not found or {places.spans[i] for i in found} != answer:
+    spans = list(map(tuple, places.spans.tolist()))
+    found = [i for i, span in enumerate(spans) if span in answer]
+    if not found or {spans[i] for i in found} != answer:
         return places.null, places.null
     return found[0], found[-1]
 
@@ -142,15 +149,15 @@ def best_spans(logits: np.ndarray, places: Places, longest: int) -> list[tuple[f
 
     logits: (tokens, 2). Spans begin and end in the context, not before they begin, and have `longest` tokens or fewer.
     """
-    inside = np.array([span is not None for span in places.spans])
-    starts, ends = (np.where(inside, logits[:, side], -np.inf) for side in (0, 1))
+    starts, ends = (np.where(places.inside, logits[:, side], -np.inf) for side in (0, 1))
     ends = np.pad(ends, (0, longest - 1), constant_values=-np.inf)
     scores = starts[:, None] + np.lib.stride_tricks.sliding_window_view(ends, longest)  # (first token, length - 1)
     found = []
     for place in np.argsort(-scores, axis=None, kind="stable")[:_CANDIDATES].tolist():
         first, more = divmod(place, longest)
         if scores[first, more] > -np.inf:
-            found.append((float(scores[first, more]), (places.spans[first][0], places.spans[first + more][1])))
+            span = int(places.spans[first, 0]), int(places.spans[first + more, 1])
+            found.append((float(scores[first, more]), span))
     return found
 
 

@@ -1,6 +1,7 @@
 """Named entities: a tag for each word of a sentence."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class Entities(Task):
         found |= {prefix + tag[1:] for tag in found - {OUTSIDE} for prefix in "BI"}
         return replace(self, labels=(OUTSIDE, *sorted(found - {OUTSIDE}, key=lambda tag: (tag[2:], tag[0]))))
 
-    def encode(self, rows: Sequence[TaggedRow], tokenizer: Any) -> Encoded:
+    def _encode(self, rows: Sequence[TaggedRow], tokenizer: Any) -> Encoded:
         encoded = tokenizer(
             [list(row.words) for row in rows],
             is_split_into_words=True,
@@ -72,17 +73,16 @@ class Entities(Task):
             tags = rows[row].tags
             labels = None if tags is None else [_UNLABELLED if w is None else numbers[tags[w]] for w in firsts]
             features.append(Feature(row, encoded["input_ids"][window], types[window], labels, firsts))
-        return Encoded(features, self._lost(rows, features))
+        return Encoded(features, self._changes(rows, features))
 
-    def _lost(self, rows: Sequence[TaggedRow], features: Sequence[Feature]) -> str | None:
-        windows, words = len(features) - len(rows), sum(len(row.words) for row in rows)
-        lost = words - sum(word is not None for feature in features for word in feature.places)
-        notes = []
-        if windows:
-            notes.append(f"sentences longer than {self.max_length} tokens run in {windows} windows more")
-        if lost:
-            notes.append(f"{lost} of {words} words are nothing to the tokenizer and count as tagged O")
-        return "; ".join(notes) or None
+    def _changes(self, rows: Sequence[TaggedRow], features: Sequence[Feature]) -> Counter[str]:
+        words = sum(len(row.words) for row in rows)
+        found = sum(word is not None for feature in features for word in feature.places)
+        changes = {
+            f"windows more, for sentences longer than {self.max_length} tokens": len(features) - len(rows),
+            "words are nothing to the tokenizer and count as tagged O": words - found,
+        }
+        return Counter({change: count for change, count in changes.items() if count})
 
     def decode(
         self, rows: Sequence[TaggedRow], features: Sequence[Feature], logits: Sequence[np.ndarray]

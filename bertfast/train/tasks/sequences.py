@@ -1,6 +1,7 @@
 """Tasks of whole texts, or pairs of texts: which class they belong to, or which number they get."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ class _TextTask(Task):
         """The row with the label that the task knows it by. DataError for a label that is none."""
         return row
 
-    def encode(self, rows: Sequence[TextRow], tokenizer: Any) -> Encoded:
+    def _encode(self, rows: Sequence[TextRow], tokenizer: Any) -> Encoded:
         tokens = _tokens(rows, tokenizer, truncation=False)
         long = [i for i, (ids, _) in enumerate(tokens) if len(ids) > self.max_length]
         if long:
@@ -49,8 +50,8 @@ class _TextTask(Task):
             for i, shorter in zip(long, cut, strict=True):
                 tokens[i] = shorter
         features = [Feature(i, *tokens[i], self.target(row)) for i, row in enumerate(rows)]
-        note = f"{len(long)} of {len(rows)} rows are longer than {self.max_length} tokens and were cut to that"
-        return Encoded(features, note if long else None)
+        changes = Counter({f"rows were cut to {self.max_length} tokens": len(long)} if long else {})
+        return Encoded(features, changes)
 
     def target(self, row: TextRow) -> int | float | None:
         """What the model's head is trained to."""

@@ -1,7 +1,8 @@
 """What a task is: how its files are read, what the model is fed, what its logits mean, how good they are."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,12 +11,14 @@ import numpy as np
 from bertfast.train.features import Feature
 from bertfast.train.metrics import Metrics
 
+_PORTION = 1024  # rows that are cut into tokens at a time: what tokenizers return is many times larger than a feature
+
 
 class Encoded(NamedTuple):
-    """The features of some rows, and what was lost on the way, in words; None where nothing was."""
+    """The features of some rows, and what had to be done to rows on the way, in words, with how often."""
 
     features: list[Feature]
-    lost: str | None
+    changes: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Task:
 
     def encode(self, rows: Sequence[Any], tokenizer: Any) -> Encoded:
         """What the model is fed for these rows, with labels where the rows have them."""
+        whole = Encoded([], Counter())
+        for start in range(0, len(rows), _PORTION):
+            portion = self._encode(rows[start : start + _PORTION], tokenizer)
+            whole.features.extend(replace(feature, row=start + feature.row) for feature in portion.features)
+            whole.changes.update(portion.changes)
+        return whole
+
+    def _encode(self, rows: Sequence[Any], tokenizer: Any) -> Encoded:
         raise NotImplementedError
 
     def decode(
