@@ -82,10 +82,11 @@ class LayerState:
 
 @dataclass
 class HeadState:
-    """What patching keeps on a task model, and on the module that gives its span logits where there is one."""
+    """What patching keeps on a task model. output_logits: whether it returns words' scores when it is given labels."""
 
     family: Family
     reads: Reads
+    output_logits: bool = True
     handles: list = field(default_factory=list)
 
 
@@ -105,12 +106,17 @@ class Ticket:
 
 @dataclass
 class HeadCall:
-    """One call of a task model. packing: of the rectangle, where what stands at padding is not to be looked at."""
+    """One call of a task model.
+
+    packing: of the rectangle, where what stands at padding is not to be looked at. words: the loss that is wanted in
+    place of words' scores, see `bertfast.word_loss`.
+    """
 
     model: nn.Module
     base: nn.Module
     labels: Tensor | None
     packing: Packing | None
+    words: Any = None
 
 
 class Frame:

@@ -19,13 +19,14 @@ from bertfast.errors import UnsupportedModelError
 from bertfast.layer import LayerPacks
 from bertfast.planning import after_backbone, after_head, before_backbone, before_head, pooled_tokens, span_logits
 from bertfast.seams import is_seam, seam_class
+from bertfast.word_loss import scores_words, withhold_from
 
 Padding = Literal["exact", "drop"]
 T = TypeVar("T")
 _OPS = ("embed_layer_norm", "linear", "varlen_attention", "residual_layer_norm", "bias_gelu")
 
 
-def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) -> T:
+def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True, output_logits: bool = True) -> T:
     """Make every BERT inside `model` run on the fused ops without padding. Returns the same object.
 
     Args:
@@ -37,10 +38,14 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) ->
             are in "exact" where no head of transformers reads them.
         pack_weights: keep a second, packed copy of the layers' weights for inference on the CPU, which makes the
             GEMMs up to twice as fast. See `bertfast.ops.PackedWeights` for what may change weights unseen.
+        output_logits: False lets a masked language model that is given labels compute its loss from the labelled tokens
+            alone and return no words' scores, which are what training takes most memory for. Calls without labels
+            return them as ever.
 
     What the fused path cannot do (decoders, attention maps, replaced submodules, torch.compile, ...) runs stock code
     for that call; `explain` counts it with the reason. Patching again changes the options. Patch before wrapping layers
-    in FSDP. Raises UnsupportedModelError where there is no supported model inside, ValueError for unknown options.
+    in FSDP. Raises UnsupportedModelError where there is no supported model inside, ValueError for unknown options, and
+    for output_logits=False where there is no masked language model.
     """
     if padding not in ("exact", "drop"):
         raise ValueError(f'padding must be "exact" or "drop", not {padding!r}')
@@ -48,6 +53,10 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) ->
     found = list(_backbones(root))
     if not found:
         raise UnsupportedModelError(_what_is_there(model, root))
+    if not output_logits and not any(head_of(type(m)) and scores_words(m) for m in root.modules()):
+        raise ValueError(
+            f"output_logits=False is for masked language models, and there is none in this {_name(type(model))}"
+        )
     for _, backbone, family in found:
         _patch_backbone(backbone, family, padding, pack_weights)
     for module in root.modules():
@@ -59,6 +68,10 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True) ->
             base.__dict__[STATE].reads = reads
             if STATE not in module.__dict__:
                 _patch_head(module, family, reads)
+            state: HeadState = module.__dict__[STATE]
+            state.output_logits = output_logits or not scores_words(module)
+            if not state.output_logits:
+                withhold_from(module, state)
     return model
 
 
@@ -69,7 +82,7 @@ def _patch_head(model: nn.Module, family: Family, reads: Reads) -> None:
     ]
     if reads == "span":
         handles.append(model.qa_outputs.register_forward_hook(span_logits))
-    model.__dict__[STATE] = HeadState(family, reads, handles)
+    model.__dict__[STATE] = HeadState(family, reads, handles=handles)
 
 
 def _patch_backbone(model: nn.Module, family: Family, padding: Padding, pack_weights: bool) -> None:

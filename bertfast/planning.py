@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertfast import flattened
+from bertfast import flattened, word_loss
 from bertfast.architectures import Family, bind, is_legacy, parameters_of, stock_class
 from bertfast.calls import STATE, BackboneState, Frame, HeadCall, LayerState, calls, structure_of
 from bertfast.eligibility import (
@@ -44,8 +44,10 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     arguments = bind(type(model), args, kwargs)
     packing = _take_flattened(model, state.family, arguments)
     if packing is None:
-        calls.heads.append(HeadCall(model, base, arguments.get("labels"), None))
-        return None
+        words = None if state.output_logits else word_loss.take(model, arguments)
+        labels = arguments.get("labels") if words is None else words.labels
+        calls.heads.append(HeadCall(model, base, labels, None, words))
+        return None if words is None else ((), arguments)
     if STATE not in base.__dict__ or "_compiled_call_impl" in base.__dict__:
         raise flattened.mixing("the base model was replaced, wrapped or compiled after patching")
     if state.reads not in _BY_TOKEN or base.__dict__[STATE].pooled:
@@ -53,7 +55,9 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
             raise ValueError("multiple choice needs a rectangle of (batch, choices, seq_len): pad the batch")
         padding = getattr(model.config, "pad_token_id", None) or 0
         arguments, packing = flattened.to_rectangle(arguments, packing, padding, state.reads in ("labels", "all"))
-    calls.heads.append(HeadCall(model, base, arguments.get("labels"), packing))
+    head = HeadCall(model, base, arguments.get("labels"), packing)
+    head.words = None if state.output_logits else word_loss.take(model, arguments)
+    calls.heads.append(head)
     return (), arguments
 
 
@@ -92,12 +96,15 @@ def span_logits(module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None
     return logits.masked_fill(~valid[..., None], torch.finfo(logits.dtype).min)
 
 
-def after_head(model: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of a task model, called after errors too."""
+def after_head(model: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of a task model, called after errors too, without an output: the loss in place of words' scores."""
     heads = calls.heads
     if any(head.model is model for head in heads):
-        while heads.pop().model is not model:
+        while (head := heads.pop()).model is not model:
             pass
+        if head.words is not None and output is not None:
+            return head.words.finish(output)
+    return None
 
 
 def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -154,12 +161,14 @@ def _in_one_row(model: nn.Module, family: Family, arguments: dict[str, Any], pac
     return arguments
 
 
-def after_backbone(model: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of a base model, called after errors too."""
+def after_backbone(model: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of a base model, called after errors too, without an output: labelled tokens, if those will do."""
     frames = calls.frames
     if any(frame.model is model for frame in frames):
         while frames.pop().model is not model:
             pass
+    head = next((head for head in reversed(calls.heads) if head.base is model), None)
+    return None if head is None or head.words is None or output is None else head.words.select(output)
 
 
 def _small_mask(model: nn.Module, family: Family, mask: Tensor) -> Tensor:
