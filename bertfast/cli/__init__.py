@@ -1,4 +1,4 @@
-"""The command line: `bertfast doctor | check | bench | fill-mask | embed | finetune | predict`.
+"""The command line: `bertfast doctor | check | bench | fill-mask | embed | pretrain | finetune | predict`.
 
 Results go to stdout, and nothing else does. Exit status: 0 all well, 1 a verdict that is no, or something broken, 2 a
 mistake in what was given, 130 interrupted, 141 whoever read stdout has gone. A mistake is one line on stderr.
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bertfast.cli import bench, check, doctor, embed, fill_mask, finetune, predict
+from bertfast.cli import bench, check, doctor, embed, fill_mask, finetune, predict, pretrain
 from bertfast.cli.output import UsageError, one_line, quiet_logs
 from bertfast.errors import BertfastError
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": bench,
     "fill-mask": fill_mask,
     "embed": embed,
+    "pretrain": pretrain,
     "finetune": finetune,
     "predict": predict,
 }

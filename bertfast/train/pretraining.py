@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -251,10 +249,12 @@ class Pretraining:
             saved = f"the checkpoint of step {self._saved} stands" if self._saved else "there is no checkpoint yet"
             raise DivergedError(
                 f"the {' and the '.join(wrong)} of step {self.step + 1} is not finite: {saved}; "
-                "start again with a lower learning rate or a longer warm-up"
+                "start anew with a lower learning rate or a longer warm-up"
             )
 
     def _save(self, log: Log) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # slow to import
+
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered by the first process alone
         weights, optimizer = get_state_dict(self._objective, self.optimizer, options=whole)
         state = {
@@ -281,6 +281,8 @@ class Pretraining:
         torch.save(state, directory / STATE)
 
     def _load(self, checkpoint: Path) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
         stored = BertForPreTraining.from_pretrained(checkpoint)
         weights = {_PREFIX + key: t for key, t in stored.state_dict().items()}
         try:
@@ -317,6 +319,8 @@ def _parallel(objective: _Objective, processes: Processes, sharded: bool) -> nn.
         return objective
     if not sharded:
         return DistributedDataParallel(objective)
+    from torch.distributed.fsdp import fully_shard
+
     mesh = dist.init_device_mesh(processes.device.type, (processes.count,))
     for layer in objective.model.bert.encoder.layer:
         fully_shard(layer, mesh=mesh)

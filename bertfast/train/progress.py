@@ -9,7 +9,7 @@ from typing import IO, Any
 from bertfast.train.extra import need
 
 LOG, TENSORBOARD, CURVE = "log.jsonl", "logs", "curve.png"
-_SMOOTHED = 100  # the curves' running means are over this part of the steps
+_SMOOTHED = 50  # a running mean is over this part of the steps
 
 
 class Log:
@@ -84,10 +84,12 @@ def draw_curves(records: Sequence[Mapping[str, Any]], panels: Mapping[str, Mappi
             points = [(record["step"], record[key]) for record in records if key in record]
             steps, values = [step for step, _ in points], [value for _, value in points]
             width = len(values) // _SMOOTHED
-            (line,) = axis.plot(steps, values, label=name, alpha=0.3 if width > 1 else 1.0)
             if width > 1:
+                (line,) = axis.plot(steps, values, alpha=0.3)
                 means = _running_means(values, width)
                 axis.plot(steps[width - 1 :], means, color=line.get_color(), label=f"{name}, mean of {width} steps")
+            else:
+                axis.plot(steps, values, label=name)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend()

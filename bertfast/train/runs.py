@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bertfast.errors import BertfastError
+from bertfast.train.progress import LOG
 
 RUN = "run.json"
 
@@ -19,38 +20,39 @@ def open_run(directory: Path, settings: Mapping[str, Any]) -> bool:
     """Make the directory a training's, or see that it is one with these settings. Returns whether it was one already.
 
     settings: everything that the weights at the end depend on, under the names that the user knows, as JSON has it.
+    A training that has not made a step yet, because something was wrong with them, gets the new ones.
 
     Raises RunError for a directory that holds something else, a file, one that cannot be written, and where a setting
     differs.
     """
+    settings = json.loads(json.dumps(settings))
+    path = directory / RUN
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        held = directory / RUN
-        if not held.exists():
-            if any(path.name != held.name + ".tmp" for path in directory.iterdir()):
-                raise RunError(f"{directory} is not empty and holds no training: name a new directory")
-            _write(held, settings)
-            return False
-        _compare(directory, json.loads(held.read_text(encoding="utf-8")), settings)
+        if not path.exists() and any(other != _temporary(path) for other in directory.iterdir()):
+            raise RunError(f"{directory} is not empty and holds no training: name a new directory")
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if held == settings:
+            return True
+        if held is not None and (directory / LOG).exists():
+            raise RunError(f"{directory} holds a training with other settings: {_differences(held, settings)}")
+        _temporary(path).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(_temporary(path), path)
+        return False
     except OSError as error:
         raise RunError(f"{directory} cannot be written: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
-        raise RunError(f"{directory / RUN} is damaged ({error}): name a new directory") from error
-    return True
+        raise RunError(f"{path} is damaged ({error}): name a new directory") from error
 
 
-def _write(path: Path, settings: Mapping[str, Any]) -> None:
-    """Whole or not at all: a directory without it is nobody's."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
-def _compare(directory: Path, held: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    settings = json.loads(json.dumps(settings))
-    if differing := [name for name in {**held, **settings} if held.get(name) != settings.get(name)]:
-        said = "; ".join(f"{name} was {_say(held.get(name))}, now {_say(settings.get(name))}" for name in differing)
-        raise RunError(f"{directory} holds a training with other settings: {said}; name a new directory, or the same")
+def _differences(held: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    differing = [name for name in {**held, **settings} if held.get(name) != settings.get(name)]
+    said = (f"{name} was {_say(held.get(name))} and is {_say(settings.get(name))}" for name in differing)
+    return f"{'; '.join(said)}; give the same again, or name a new directory"
 
 
 def _say(value: Any) -> str:
