@@ -75,6 +75,9 @@ class PretrainingBatches:
     ) -> None:
         if corpus.fingerprint != vocabulary.fingerprint:
             raise ValueError(f"{corpus.directory} was made with another vocabulary: open the texts with this one")
+        for name, value in (("seed", seed), ("workers", workers)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, and is {value}")
         if max_length < SHORTEST:
             raise ValueError(f"a max_length of {max_length} has no room for two segments: give {SHORTEST} or more")
         if not 0 <= rank < world_size:

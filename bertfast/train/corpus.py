@@ -19,7 +19,7 @@ from bertfast.train.vocabulary import Vocabulary
 
 _FORMAT = 1
 _HEADER = "header.json"
-_CHUNK = 1 << 24  # bytes
+_CHUNK = 1 << 16  # bytes
 
 
 class Corpus:

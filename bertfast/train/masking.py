@@ -53,7 +53,7 @@ class Masking:
 
     def _choose(self, ids: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The places of the chosen tokens."""
-        begins, sizes = self._words(ids)
+        begins, sizes = self._words(ids, lengths)
         owner = np.repeat(np.arange(len(lengths)), lengths)[begins]  # the sequence of each word
         tokens = np.bincount(owner, sizes, len(lengths))
         shortest = np.full(len(lengths), len(ids))
@@ -74,12 +74,15 @@ class Masking:
         words = np.concatenate([np.zeros(0, dtype=np.int64), *chosen])
         return expand(begins[words], sizes[words])
 
-    def _words(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _words(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where each word begins, and how many tokens it has; without whole words, every token is one."""
         ordinary = ~self.special[ids]
         starts = ordinary.copy()
         if self.whole_words:
-            starts[1:] &= ~(self.continues[ids[1:]] & ordinary[:-1])
+            inside = self.continues[ids]
+            inside[1:] &= ordinary[:-1]
+            inside[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+            starts &= ~inside
         return np.flatnonzero(starts), np.bincount((np.cumsum(starts) - 1)[ordinary])
 
 

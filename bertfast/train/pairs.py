@@ -56,8 +56,8 @@ def draw_pairs(corpus: Corpus, documents: np.ndarray, max_length: int, rng: np.r
 
 
 def _pieces(lengths: np.ndarray, longest: int) -> np.ndarray:
-    """Into how many pieces sentences of these lengths are cut: those that fit no example, into half of what fits."""
-    return np.where(lengths > longest, -(-lengths // max(longest // 2, 1)), 1)
+    """Into how many pieces sentences of these lengths are cut: those that fit no example, into eighths of one."""
+    return np.where(lengths > longest, -(-lengths // max(longest // 8, 1)), 1)
 
 
 def _borders(corpus: Corpus, document: int, longest: int) -> np.ndarray:
