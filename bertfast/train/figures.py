@@ -8,6 +8,7 @@ from bertfast.train.extra import need
 
 _MOST_LABELS_WITH_NUMBERS = 30
 _LARGEST_SIDE = 40.0  # inches
+_MOST_NAMES = 80  # that fit along such a side
 
 
 def draw_confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], path: Path) -> None:
@@ -23,8 +24,10 @@ def draw_confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], path:
     shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     places = range(len(labels))
-    axes.set_xticks(places, labels, rotation=90, parse_math=False)
-    axes.set_yticks(places, labels, parse_math=False)
+    named = places[:: -(-len(labels) // _MOST_NAMES)]
+    names = [labels[i] for i in named]
+    axes.set_xticks(named, names, rotation=90, parse_math=False)
+    axes.set_yticks(named, names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(labels) <= _MOST_LABELS_WITH_NUMBERS:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bertfast.errors import UnsupportedModelError
 from bertfast.packing import PackedBatch
-from bertfast.patching import patch, unpatch
+from bertfast.patching import explain, patch, unpatch
 from bertfast.train.features import Feature
 
 PRECISIONS = ("float32", "bfloat16")
@@ -46,10 +46,13 @@ class Runner:
         try:
             with torch.no_grad(), self._autocast():
                 self.model.eval()(PackedBatch.from_lists([[0, 0], [0]], device=self.device))
+            [backbone] = explain(self.model).backbones
+            reason = None if backbone.calls["packed"] else next(iter(backbone.reasons))
         except ValueError as error:
+            reason = str(error)
+        if reason is not None:
             unpatch(self.model)
-            return str(error)
-        return None
+        return reason
 
     @property
     def device(self) -> torch.device:
