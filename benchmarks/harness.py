@@ -221,7 +221,7 @@ class Harness:
 
     def _measure(self, case: Case, share: float) -> None:
         workload = case.workload
-        stock = self._build(case.model, "mlm" if workload.training else workload.head)
+        stock = self._build(case.model, "pretraining" if workload.training else workload.head)
         longest, most = max(workload.lengths), stock.config.max_position_embeddings
         if longest > most:
             reason = f"{case.model} takes {most} tokens a sequence at most, and this has {longest}"
@@ -303,7 +303,7 @@ class Harness:
         right = training.gold(stock, batch, accuracy.wide(work))
         for peer, precision in self._keys(case):
             key = peer.name, precision
-            setting = self._contenders.setting(stock, "mlm", precision, batch)
+            setting = self._contenders.setting(stock, "pretraining", precision, batch)
             ready = self._late(key) or self._contenders.attempt(peer, partial(peer.trainable, setting))
             if isinstance(ready, Refused):
                 self._refuse(case, key, ready)

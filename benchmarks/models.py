@@ -21,7 +21,7 @@ _CLASSES = {
     "": "Model",
     "sequence": "ForSequenceClassification",
     "token": "ForTokenClassification",
-    "mlm": "ForMaskedLM",
+    "pretraining": "ForPreTraining",
 }
 
 
@@ -42,7 +42,7 @@ def build(name: str, head: str = "") -> nn.Module:
     """The stock model of transformers with sdpa, in float32 and evaluation mode.
 
     name: one of MODELS, of which "minilm" has real weights and the others random ones, which time and parity do not
-    mind; or the folder of a checkpoint. head: as in `Workload`, or "mlm"; one that the checkpoint does not have gets
+    mind; or the folder of a checkpoint. head: as in `Workload`, or "pretraining"; one that the checkpoint does not have gets
     random weights. ValueError where there is no such model.
     """
     check(name)

@@ -59,20 +59,20 @@ def _head(config: Any, tokens: int, sequences: int, size: int, head: str) -> Ite
         yield _gemm("classifier", sequences, config.num_labels, hidden, size)
     elif head == "token":
         yield _gemm("classifier", tokens, config.num_labels, hidden, size)
-    elif head == "mlm":
+    elif head == "pretraining":
         labelled = MASKED * tokens
         yield _gemm("transform", labelled, hidden, hidden, size)
         yield _gemm("decoder", labelled, config.vocab_size, hidden, size)
 
 
 def training(config: Any, lengths: Sequence[int], precision: str, parameters: int) -> list[Step]:
-    """The steps of a training step of masked language modelling with AdamW.
+    """The steps of a pre-training step with AdamW; next sentence prediction, two columns a sequence, is left out.
 
     The backward of a GEMM is two GEMMs; that of attention recomputes the scores, five products for the forward's two;
     that of the others reads and writes as much again. Only labelled positions go through the head.
     """
     steps = []
-    for step in forward(config, lengths, precision, "mlm"):
+    for step in forward(config, lengths, precision, "pretraining"):
         steps.append(step)
         if step.name == "attention":
             steps.append(Step("attention, backward", 2.5 * step.flops, 2 * step.nbytes))

@@ -1,4 +1,4 @@
-"""Training steps of masked language modelling: forward, backward and AdamW, dropout on.
+"""Steps of pre-training, masked language modelling and next sentences: forward, backward and AdamW, dropout on.
 
 float32 steps compute in float32; bfloat16 and float16 ones under autocast on float32 weights, as people train.
 """
@@ -17,17 +17,20 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def labelled(batch: Batch) -> Batch:
-    """The batch with labels on 15 % of its valid tokens, and on the first of each sequence: none is without."""
+    """The batch with labels on 15 % of its valid tokens and on the first of each sequence, so that none is without.
+
+    Every other sequence's second half follows its first.
+    """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)).to(ids.device) < MASKED
     drawn[:, 0] = True
-    return batch | {"labels": torch.where(drawn & mask, ids, -100)}
+    follows = torch.arange(len(ids), device=ids.device) % 2
+    return batch | {"labels": torch.where(drawn & mask, ids, -100), "next_sentence_label": follows}
 
 
 def step(model: Any, batch: Batch, precision: str) -> Callable[[], Tensor]:
     """A training step of the model on this batch, which returns the loss."""
-    device = batch["input_ids"].device.type
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def run() -> Tensor:
         loss = _loss(model, batch, precision)

@@ -28,7 +28,7 @@ class Workload:
     head: "" for the encoder alone, "sequence" for one logit a sequence (reranking), "token" for nine a token (NER).
     pairs: the second half of each sequence is of token type 1.
     batch_size: sequences a batch, each padded to its own longest; None for all in one.
-    training: a training step of masked language modelling rather than a forward.
+    training: a step of pre-training (both of BERT's tasks) rather than a forward.
     """
 
     name: str
@@ -154,9 +154,9 @@ def workloads() -> dict[str, Workload]:
         Workload("32x128 ragged", ragged_lengths(32, 128, 0.42)),
         Workload("16x512 ragged", ragged_lengths(16, 512, 0.4)),
         Workload("rerank 32 pairs", ragged_lengths(32, 256, 0.5), head="sequence", pairs=True),
-        Workload("train 8x64", (64,) * 8, training=True),
-        Workload("train 8x128", (128,) * 8, training=True),
-        Workload("train 32x128 ragged", ragged_lengths(32, 128, 0.42), training=True),
+        Workload("pretrain 8x64", (64,) * 8, training=True),
+        Workload("pretrain 8x128", (128,) * 8, training=True),
+        Workload("pretrain 32x128 ragged", ragged_lengths(32, 128, 0.42), training=True),
         # One sequence alone has the mean length of the others: 42 % of 64.
         *(Workload(SERIES["sequences"][n], ragged_lengths(n, 64, 0.42) if n > 1 else (27,)) for n in _SCALING),
         *(Workload(SERIES["length"][n], (n,) * 8) for n in _LENGTH),
@@ -203,7 +203,7 @@ def _real_workloads() -> list[Workload]:
 SETS: dict[str, list[tuple[str, str]]] = {
     "quick": [
         ("64 sentences", "minilm"),
-        ("train 8x64", "minilm"),
+        ("pretrain 8x64", "minilm"),
         ("1x16", "base"),
         ("1x128", "base"),
         ("32x128 ragged", "base"),
@@ -227,8 +227,8 @@ SETS: dict[str, list[tuple[str, str]]] = {
         ("rerank 32 pairs", "minilm"),
         ("1x128", "large"),
         ("8x128", "large"),
-        ("train 8x64", "minilm"),
-        ("train 8x128", "base"),
-        ("train 32x128 ragged", "base"),
+        ("pretrain 8x64", "minilm"),
+        ("pretrain 8x128", "base"),
+        ("pretrain 32x128 ragged", "base"),
     ],
 }

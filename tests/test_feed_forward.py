@@ -12,7 +12,7 @@ from bertfast.ops import PackedWeights, feed_forward
 DTYPES = [torch.float32, torch.bfloat16]
 ACTIVATIONS = ["gelu", "gelu_tanh"]
 # (tokens, hidden, features, out_features)
-SHAPES = [(0, 8, 16, 8), (1, 1, 1, 1), (17, 24, 96, 24), (65, 33, 130, 17)]
+SHAPES = [(0, 8, 16, 8), (1, 8, 16, 8), (17, 24, 96, 24), (65, 33, 130, 17)]
 
 
 def make_inputs(tokens, hidden, features, outside, dtype):

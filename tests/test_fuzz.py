@@ -234,10 +234,23 @@ def op_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
             **{"x": rows, "weight": [draw(4, HIDDEN), draw(5, HIDDEN)], "bias": [draw(4), draw(5)]},
             **{"activation": "gelu", "packed": ops.PackedWeights()},
         },
+        "feed_forward": {
+            **{"x": rows, "up_weight": draw(4, HIDDEN), "up_bias": draw(4), "down_weight": draw(HIDDEN, 4)},
+            **{"activation": "gelu", "up_packed": ops.PackedWeights(), "down_packed": ops.PackedWeights()},
+        },
+        "masked_lm_loss": {
+            **{
+                "x": rows,
+                "labels": (torch.arange(TOKENS) % 4).masked_fill(torch.arange(TOKENS) == 1, -100),
+                "weight": draw(4, HIDDEN),
+                "bias": draw(4),
+            },
+            "reduction": "sum",
+        },
     }[name]
 
 
-OPS = tuple(name for name in ops.__all__ if name != "PackedWeights")
+OPS = tuple(name for name in ops.__all__ if not isinstance(getattr(ops, name), type))
 OP_ERRORS = {name: USUAL for name in OPS} | {"embed_layer_norm": (*USUAL, IndexError)}
 
 
@@ -257,6 +270,7 @@ def run_op(name: str, arguments: Mapping[str, Any], grad: bool) -> Any:
     """The op's output, after a backward where gradients are wanted."""
     with torch.set_grad_enabled(grad):
         out = getattr(ops, name)(**(_learn(arguments) if grad else arguments))
+    out = out.loss if isinstance(out, ops.MaskedLMLoss) else out
     if out.requires_grad:
         out.sum().backward()
     return out.detach()
@@ -275,7 +289,14 @@ def test_ops(name: str, dtype: torch.dtype, grad: bool, data: st.DataObject) -> 
 def test_required_tensors_are_required(name: str) -> None:
     """A kernel that is handed no address crashes."""
     arguments = op_arguments(name, torch.float32)
-    optional = {"token_type_ids", "order", "mask", "bias" if name in ("linear", "bias_gelu") else "", "x_bias", "seed"}
+    optional = {
+        "token_type_ids",
+        "order",
+        "mask",
+        "bias" if name in ("linear", "bias_gelu", "masked_lm_loss") else "",
+        "x_bias",
+        "seed",
+    }
     for argument, value in arguments.items():
         if isinstance(value, Tensor) and argument not in optional:
             with pytest.raises(TypeError, match=argument):

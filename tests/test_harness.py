@@ -230,10 +230,10 @@ def test_slow_peers_that_do_not_fit_are_left_out_and_the_needed_ones_never(tmp_p
 
 def test_training_steps(tmp_path):
     def trainable(setting):
-        return models.build("tiny", "mlm").train()
+        return models.build("tiny", "pretraining").train()
 
     def wrong(setting):
-        model = models.build("tiny", "mlm").train()
+        model = models.build("tiny", "pretraining").train()
         model.bert.encoder.layer[0].attention.self.scaling *= 3
         return model
 
@@ -245,7 +245,7 @@ def test_training_steps(tmp_path):
         peer("inference only", honest),
         peer("absent", honest, trainable=unavailable),
     ]
-    workload = Workload("train some", (9, 4, 1), training=True)
+    workload = Workload("pretrain some", (9, 4, 1), training=True)
     records, _ = measure(tmp_path, [Case(workload, "tiny", peers)], (*both, "int8"))
     found = by_peer(records)
     assert {key: r["status"] for key, r in found.items()} == {
@@ -497,7 +497,7 @@ def test_sets_and_who_takes_part():
     assert list(full) == command.SETS["full"]
     assert full["8x128", "base"] == set(PEERS) and full["batch 4", "base"] == set(command.SHORTLIST)
     assert full["8x128", "large"] == set(command.SHORTLIST)
-    assert full["train 8x128", "base"] == {*command.SHORTLIST, *command.TRAINERS} <= set(PEERS)
+    assert full["pretrain 8x128", "base"] == {*command.SHORTLIST, *command.TRAINERS} <= set(PEERS)
     named = cases("--set", "full", "--peer", "nested", "--baseline", "hf-eager", "--model", "large")
     assert {(c.model, *(p.name for p in c.peers)) for c in named} == {("large", "hf-eager", "nested")}
     assert {c.workload.name for c in cases("--model", "tiny")} == {n for n, m in command.SETS["quick"] if m == "base"}

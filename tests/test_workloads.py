@@ -120,7 +120,7 @@ def test_a_users_own_texts(tmp_path):
         file_workload(tmp_path / "none.txt")
 
 
-@pytest.mark.parametrize("head", ["", "sequence", "token", "mlm"])
+@pytest.mark.parametrize("head", ["", "sequence", "token", "pretraining"])
 def test_models_are_stock_and_drawn_from_a_seed(head):
     before = torch.get_rng_state()
     model, again = models.build("tiny", head), models.build("tiny", head)
@@ -128,8 +128,9 @@ def test_models_are_stock_and_drawn_from_a_seed(head):
     assert not model.training and model.config._attn_implementation == "sdpa"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     out = model(**find_workload("scaling 4").batches()[0])
-    expected = {"": (4, 64, 64), "sequence": (4, 1), "token": (4, 64, 9), "mlm": (4, 64, VOCABULARY)}[head]
-    assert (out.logits if head else out.last_hidden_state).shape == expected
+    logits = getattr(out, "prediction_logits" if head == "pretraining" else "logits", None)
+    expected = {"": (4, 64, 64), "sequence": (4, 1), "token": (4, 64, 9), "pretraining": (4, 64, VOCABULARY)}[head]
+    assert (logits if head else out.last_hidden_state).shape == expected
 
 
 def test_a_checkpoint_of_ones_own(tmp_path):

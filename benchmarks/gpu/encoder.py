@@ -68,7 +68,7 @@ def compare(context: Context, row: Row, peer: str) -> dict[str, Any]:
     """Accuracy, then both times, of a row."""
     gc.collect()
     workload = Workload(row.name, row.lengths, training=row.training)
-    stock = models.random(row.model, "mlm" if row.training else "")
+    stock = models.random(row.model, "pretraining" if row.training else "")
     (batch,) = workload.batches()
     batch = {name: tensor.to(context.device) for name, tensor in batch.items()}
     names = {peer: COMPILED if peer == "compiled" else STOCK, "bertfast": OURS}
@@ -134,7 +134,7 @@ def _inference(context: Context, stock: nn.Module, batch: Batch, names: Mapping[
 def _training(context: Context, stock: nn.Module, batch: Batch, names: Mapping[str, str]) -> Prepared:
     """A training step of each peer, under bfloat16 autocast, dropout on."""
     batch = training.labelled(batch)
-    setting = Setting(stock, "mlm", "bfloat16", context.device, batch, torch.get_num_threads())
+    setting = Setting(stock, "pretraining", "bfloat16", context.device, batch, torch.get_num_threads())
     right = training.gold(stock, batch, torch.float32)
     calls, errors = {}, {}
     for name, who in names.items():

@@ -9,9 +9,9 @@ from benchmarks.peers.derived import inference, trainable_copy, transformers_cop
 from benchmarks.peers.peer import Peer, Run, Setting, Unavailable
 
 
-def _patched(model: nn.Module, pack_weights: bool) -> nn.Module:
+def _patched(model: nn.Module, pack_weights: bool, output_logits: bool = True) -> nn.Module:
     try:
-        return bertfast.patch(model, pack_weights=pack_weights)
+        return bertfast.patch(model, pack_weights=pack_weights, output_logits=output_logits)
     except bertfast.UnsupportedModelError as error:
         raise Unavailable(str(error)) from error
 
@@ -23,7 +23,7 @@ def _prepare(pack_weights: bool, setting: Setting) -> Run:
 
 
 def _trainable(pack_weights: bool, setting: Setting) -> nn.Module:
-    return _patched(trainable_copy(setting), pack_weights)
+    return _patched(trainable_copy(setting), pack_weights, output_logits=False)
 
 
 def _peer(name: str, pack_weights: bool) -> Peer:

@@ -34,6 +34,13 @@ def feed_forward(
     Returns (tokens, out_features); under autocast in its dtype. Raises as `linear` does. Source: Vaswani et al. 2017,
     section 3.3, with the activation of Devlin et al. 2019.
     """
+    registry.check_axes("x", x, "tokens", "hidden")
+    registry.check_axes("up_weight", up_weight, "features", "hidden")
+    registry.check_axes("up_bias", up_bias, "features")
+    registry.check_axes("down_weight", down_weight, "out_features", "features")
+    for name, packed in (("up_packed", up_packed), ("down_packed", down_packed)):
+        if packed is not None and not isinstance(packed, PackedWeights):
+            raise TypeError(f"{name} must be a PackedWeights, not a {type(packed).__name__}")
     if activation not in ACTIVATIONS or activation == "none":
         raise ValueError(f'activation must be "gelu" or "gelu_tanh", not {activation!r}')
     if not registry.seen(x, up_weight, up_bias, down_weight):
