@@ -42,8 +42,8 @@ def build(name: str, head: str = "") -> nn.Module:
     """The stock model of transformers with sdpa, in float32 and evaluation mode.
 
     name: one of MODELS, of which "minilm" has real weights and the others random ones, which time and parity do not
-    mind; or the folder of a checkpoint. head: as in `Workload`, or "pretraining"; one that the checkpoint does not have gets
-    random weights. ValueError where there is no such model.
+    mind; or the folder of a checkpoint. head: as in `Workload`, or "pretraining"; one that the checkpoint does not have
+    gets random weights. ValueError where there is no such model.
     """
     check(name)
     if name in MODELS and name != "minilm":
