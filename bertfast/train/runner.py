@@ -33,8 +33,8 @@ class Runner:
         self.labels = labels
         self.padding_id = padding_id
         self.precision = precision
-        takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-        self._token_types = takes_types and getattr(model.config, "type_vocab_size", 0) > 1
+        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._tells_types_apart = getattr(model.config, "type_vocab_size", 0) > 1
         self.padded = self._patch()
 
     def _patch(self) -> str | None:
@@ -93,7 +93,7 @@ class Runner:
 
     def _call(self, features: Sequence[Feature], labels: list | None) -> Any:
         ids = [f.input_ids for f in features]
-        types = [f.token_type_ids for f in features] if self._token_types and features[0].token_type_ids else None
+        types = [self._types(f) for f in features] if self._takes_types else None
         answers = {}
         if self.labels == "span" and labels is not None:
             answers = dict(zip(_ANSWERS, torch.tensor(labels, device=self.device).unbind(1), strict=True))
@@ -103,6 +103,11 @@ class Runner:
                 batch = PackedBatch.from_lists(ids, types, labels, self.labels == "token", self.device)
                 return self.model(batch, **answers)
             return self.model(**self._pad(ids, types, labels), **answers)
+
+    def _types(self, feature: Feature) -> list[int]:
+        """The types of its tokens; said even where all are 0, of which transformers 4 has no more than positions."""
+        known = feature.token_type_ids if self._tells_types_apart else None
+        return known or [0] * len(feature.input_ids)
 
     def _pad(self, ids: list[list[int]], types: list | None, labels: list | None) -> dict[str, Tensor]:
         """The arguments of the rectangle that holds these sequences, padded on the right."""
