@@ -17,6 +17,7 @@ import torch
 
 from bertfast.cli import main, pretrain
 from bertfast.texts import corpus
+from bertfast.train import runs
 from bertfast.train.progress import read_log
 
 transformers = pytest.importorskip("transformers")
@@ -128,7 +129,9 @@ def test_a_real_interrupt_with_workers(tmp_path, texts, finished):
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert error.startswith("bertfast: error: interrupted after step ") and error.count("\n") == 1
+    [wait, error] = error.splitlines()
+    assert wait == "bertfast: finishing this step, then saving"
+    assert error.startswith("bertfast: error: interrupted after step ")
     [last] = [record["step"] for record in log(tmp_path / "run")][-1:]
     assert f"step {last} of 4000, and saved" in error
     assert (tmp_path / "run" / "checkpoints" / f"step-{last:08}" / "SHA256SUMS").exists()
@@ -202,6 +205,8 @@ def test_texts_and_places_that_will_not_do(capsys, tmp_path, texts, monkeypatch)
     assert "no words" in refuse(capsys, *arguments(empty, tmp_path / "run"))
     assert "there is no file or directory" in refuse(capsys, *arguments(tmp_path / "none.txt", tmp_path / "run"))
     assert f"{tmp_path} is not empty and holds no training" in refuse(capsys, *arguments(texts, tmp_path))
+    with runs.held_directory(tmp_path / "held"):
+        assert "another process is training in" in refuse(capsys, *arguments(texts, tmp_path / "held"))
     assert "cannot be written: File exists" in refuse(capsys, *arguments(texts, empty))
     assert "cannot be written" in refuse(capsys, *arguments(texts, Path("/proc/nowhere")))
     (tmp_path / "damaged").mkdir()

@@ -6,6 +6,7 @@ everything is imported already.
 
 import math
 import os
+import random
 import signal
 import socket
 from collections.abc import Iterator
@@ -237,6 +238,8 @@ def _run(place: Path, death: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         torch.save = save
+    if death == "at any moment":  # whatever the alarm interrupts: nothing handles it
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.01, 0.4))
     training = make(place)
     training.run(lambda record: record["step"] == 5 and death == "in a step" and os.kill(os.getpid(), signal.SIGKILL))
 
@@ -247,6 +250,15 @@ def clean_processes() -> Any:
     slow = ("bertfast.train.pretraining", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp")
     context.set_forkserver_preload([*slow, "torch.utils.tensorboard", "matplotlib.figure", "pytest"])
     return context
+
+
+def test_killed_at_any_moment(tmp_path, unbroken, clean_processes):
+    process = clean_processes.Process(target=_run, args=(tmp_path, "at any moment"))
+    process.start()
+    process.join(60)
+    assert process.exitcode in (-signal.SIGALRM, 0)
+    assert train(tmp_path) == log(unbroken)
+    assert same_weights(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("death", ["in a step", "in a checkpoint"])

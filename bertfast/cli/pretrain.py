@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from bertfast.train.optimizers import OPTIMIZERS
 from bertfast.train.pairs import SHORTEST
 from bertfast.train.pretraining import PRECISIONS, InterruptedTraining, Pretraining, PretrainingSettings, Record
 from bertfast.train.progress import read_log
-from bertfast.train.runs import RUN, open_run
+from bertfast.train.runs import RUN, held_directory, open_run
 from bertfast.train.saving import write_together
 from bertfast.train.sources import find_files
 from bertfast.train.vocabulary import Vocabulary
@@ -167,8 +167,31 @@ def _mistakes() -> Iterator[None]:
 def _pretrain(args: argparse.Namespace, processes: Processes) -> int:
     if args.sharded and processes.count == 1:
         raise UsageError("--sharded divides a model among several processes: start them with torchrun")
+    with ExitStack() as held:
+        training = _prepare(args, processes, held)
+        done, steps = training.resume(), training.settings.steps
+        if processes.first and done:
+            print(f"bertfast: going on after step {done} of {steps}", file=sys.stderr)
+        with progress_bar(steps, "pretrain", quiet=not processes.first, unit="step") as bar:
+            bar.initial = bar.n = done
+
+            def report(record: Record) -> None:
+                bar.set_postfix_str(_say(record), refresh=False)
+                bar.update()
+
+            training.run(report, _say_wait)
+    if processes.first:
+        _summarise(args.output)
+    return 0
+
+
+def _prepare(args: argparse.Namespace, processes: Processes, held: ExitStack) -> Pretraining:
+    """The training, whose directory is held until the stack closes. The first process makes what all of them read."""
+    goes_on, texts = False, args.output / "corpus"
     with processes.together():
-        goes_on = processes.first and _open(args, processes)
+        if processes.first:
+            held.enter_context(held_directory(args.output))
+            goes_on = _open(args, processes)
     with processes.together():
         if not (args.output / RUN).is_file():
             raise UsageError(f"{args.output} is not the same directory on all machines")
@@ -177,11 +200,10 @@ def _pretrain(args: argparse.Namespace, processes: Processes) -> int:
         if processes.first:
             _check_disk(args, model, 1 if goes_on else args.keep + 1)
             with _reading_bar("tokenise", args, quiet=goes_on) as advance:
-                open_corpus(args.texts, vocabulary, args.output / "corpus", advance)
+                open_corpus(args.texts, vocabulary, texts, advance)
     with processes.together():
-        corpus = open_corpus(args.texts, vocabulary, args.output / "corpus")
         batches = PretrainingBatches(
-            corpus,
+            open_corpus(args.texts, vocabulary, texts),
             vocabulary,
             tokens_per_batch=args.tokens_per_batch,
             max_length=args.max_length,
@@ -192,22 +214,16 @@ def _pretrain(args: argparse.Namespace, processes: Processes) -> int:
             workers=args.workers,
         )
         settings = _settings(args, batches)
-    save = lambda directory: vocabulary.save(directory, model.config.max_position_embeddings)  # noqa: E731
-    training = Pretraining(model, batches, save, settings, args.output, args.keep, processes)
-    done = training.resume()
-    if processes.first and done:
-        print(f"bertfast: going on after step {done} of {settings.steps}", file=sys.stderr)
-    with progress_bar(settings.steps, "pretrain", quiet=not processes.first, unit="step") as bar:
-        bar.initial = bar.n = done
-
-        def report(record: Record) -> None:
-            bar.set_postfix_str(_say(record), refresh=False)
-            bar.update()
-
-        training.run(report)
-    if processes.first:
-        _summarise(args.output)
-    return 0
+    positions = model.config.max_position_embeddings
+    return Pretraining(
+        model,
+        batches,
+        lambda directory: vocabulary.save(directory, positions),
+        settings,
+        args.output,
+        args.keep,
+        processes,
+    )
 
 
 def _open(args: argparse.Namespace, processes: Processes) -> bool:
@@ -323,6 +339,11 @@ def _settings(args: argparse.Namespace, batches: PretrainingBatches) -> Pretrain
     names = ("accumulate", "learning_rate", "weight_decay", "optimizer", "clip", "precision", "recompute", "sharded")
     same = {name: getattr(args, name) for name in (*names, "save_every", "seed")}
     return PretrainingSettings(steps=steps, warmup=warmup, **same)
+
+
+def _say_wait() -> None:
+    """To stderr, and not by print(), which may be what the signal interrupted."""
+    os.write(2, b"bertfast: finishing this step, then saving\n")
 
 
 def _say(record: Record) -> str:

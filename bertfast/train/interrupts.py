@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: a training finishes its step and saves before it stops."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,17 +18,20 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def noted_interrupts(once: bool = True) -> Iterator[Callable[[], bool]]:
+def noted_interrupts(noticed: Callable[[], Any] = lambda: None, once: bool = True) -> Iterator[Callable[[], bool]]:
     """A function that says whether a signal to stop has come since the block began; it has raised nothing.
 
+    noticed: called when it comes, in the middle of whatever is done just then.
     once: whether a second signal does what it did before the block. torchrun passes on what its processes were sent
         already, so that they had better take no notice of repetitions.
     """
-    seen = False
+    seen, process = False, os.getpid()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def note(number: int, frame: Any) -> None:
         nonlocal seen
+        if not seen and os.getpid() == process:  # the workers that a process forks inherit what handles its signals
+            noticed()
         seen = True
         if once:
             for other in _SIGNALS:

@@ -152,10 +152,13 @@ class Pretraining:
                 self._load(newest)
         return self.step
 
-    def run(self, report: Callable[[Record], Any] = lambda record: None) -> None:
+    def run(
+        self, report: Callable[[Record], Any] = lambda record: None, noticed: Callable[[], Any] = lambda: None
+    ) -> None:
         """Train until the last step and leave the model, its vocabulary and the curve in the directory.
 
-        report: called with what the log says of each step, in the first process.
+        report: called with what the log says of each step, in the first process. noticed: called when a signal to stop
+        has come, before the step is finished and saved.
 
         Raises InterruptedTraining after Ctrl-C or SIGTERM, when a checkpoint has been saved; DivergedError where the
         loss is not finite; CheckpointError where the disk is full; and what `batches` raises.
@@ -163,7 +166,7 @@ class Pretraining:
         with (
             self._log() as log,
             closing(self._stream()) as stream,
-            noted_interrupts(once=self.processes.count == 1) as interrupted,
+            noted_interrupts(noticed, once=self.processes.count == 1) as interrupted,
         ):
             while self.step < self.settings.steps:
                 record, stop = self._update(stream, interrupted)
