@@ -48,9 +48,11 @@ def masked_lm_loss(
     registry.check_axes("weight", weight, "vocabulary", "hidden")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
-        found = f"{labels.dtype} of {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be ({x.shape[0]},) int64, one a token, not {found}")
+    registry.check_tensor("labels", labels)
+    if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
+        raise TypeError(
+            f"labels must be ({x.shape[0]},) int64, one a token, not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
     if labels.device != x.device:
         raise ValueError(f"labels are on {labels.device} where x is on {x.device}: move one of them with .to()")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
