@@ -45,9 +45,11 @@ def draw_pairs(corpus: Corpus, documents: np.ndarray, max_length: int, rng: np.r
     gives the same examples.
     """
     longest = max_length - ADDED_TOKENS
+    sentences = np.asarray(corpus.sentences)  # no np.memmap: its slices take microseconds
+    firsts, lasts = corpus.documents[documents].tolist(), corpus.documents[documents + 1].tolist()
     rows: list[tuple[int, int, int, int, int]] = []
-    for document in documents.tolist():
-        rows += _walk(document, _borders(corpus, document, longest).tolist(), longest, rng)
+    for document, first, last in zip(documents.tolist(), firsts, lasts, strict=True):
+        rows += _walk(document, _borders(sentences[first : last + 1], longest).tolist(), longest, rng)
     own, a_begin, a_end, b_end, wanted = np.array(rows, dtype=np.int64).reshape(-1, 5).T
     b_begin = a_end.copy()
     random = b_end == a_end
@@ -60,11 +62,9 @@ def _pieces(lengths: np.ndarray, longest: int) -> np.ndarray:
     return np.where(lengths > longest, -(-lengths // max(longest // 8, 1)), 1)
 
 
-def _borders(corpus: Corpus, document: int, longest: int) -> np.ndarray:
-    """Where the document's sentences, or pieces of them, begin among the tokens, and where the last ends."""
-    first, last = corpus.documents[document : document + 2].tolist()
-    borders = np.asarray(corpus.sentences[first : last + 1])
-    lengths = np.diff(borders)
+def _borders(borders: np.ndarray, longest: int) -> np.ndarray:
+    """Where the pieces of a document's sentences begin and end, given where the sentences do."""
+    lengths = borders[1:] - borders[:-1]
     if lengths.max() <= longest:
         return borders
     pieces = _pieces(lengths, longest)
