@@ -111,29 +111,34 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_loss_is_that_of_transformers(tmp_path):
+def test_steps_are_those_of_transformers(tmp_path):
+    """Losses, counts and gradients of stock code, with what torch has for the rest of a step."""
     transformers = pytest.importorskip("transformers")
-    training = make(tmp_path, sizes=NO_DROPOUT, steps=1, warmup=0)
+    training = make(tmp_path, sizes=NO_DROPOUT, steps=3, warmup=1, clip=0.5, weight_decay=0.0)
     stock = transformers.BertForPreTraining(transformers.BertConfig(**SIZES, **NO_DROPOUT))
     stock.load_state_dict(training.model.state_dict())
     training.run()
-    [record] = log(tmp_path)
 
-    examples = RandomBatches().examples(0)
-    packing = examples.batch.packing
-    mask = packing.pad(torch.ones(packing.tokens, dtype=torch.int64))
-    words, types = packing.pad(examples.batch.input_ids), packing.pad(examples.batch.token_type_ids)
-    labels = packing.pad(examples.batch.labels, -100)
-    out = stock(words, mask, types, labels=labels, next_sentence_label=examples.next_sentence_labels)
-    out.loss.backward()
-    norm = torch.stack([p.grad.norm() for p in stock.parameters()]).norm()
-    right = out.prediction_logits.argmax(-1) == labels
-    assert record["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
-    assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    assert record["mlm_accuracy"] == pytest.approx(right[labels != -100].float().mean().item())
-    follows = out.seq_relationship_logits.argmax(1) == examples.next_sentence_labels
-    assert record["nsp_accuracy"] == pytest.approx(follows.float().mean().item())
-    assert record["tokens"] == packing.tokens and record["learning_rate"] == 0.01
+    adam = torch.optim.Adam(stock.parameters(), eps=1e-6)
+    for i, (record, rate) in enumerate(zip(log(tmp_path), (1e-2, 1e-2, 5e-3), strict=True)):
+        examples = RandomBatches().examples(i)
+        packing = examples.batch.packing
+        mask = packing.pad(torch.ones(packing.tokens, dtype=torch.int64))
+        words, types = packing.pad(examples.batch.input_ids), packing.pad(examples.batch.token_type_ids)
+        labels = packing.pad(examples.batch.labels, -100)
+        out = stock(words, mask, types, labels=labels, next_sentence_label=examples.next_sentence_labels)
+        adam.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.5)
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+        right = out.prediction_logits.argmax(-1) == labels
+        follows = out.seq_relationship_logits.argmax(1) == examples.next_sentence_labels
+        assert record["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+        assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert record["mlm_accuracy"] == pytest.approx(right[labels != -100].float().mean().item())
+        assert record["nsp_accuracy"] == pytest.approx(follows.float().mean().item())
+        assert record["tokens"] == packing.tokens and record["learning_rate"] == pytest.approx(rate)
 
 
 def test_it_learns(tmp_path):
