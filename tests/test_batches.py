@@ -1,6 +1,9 @@
 """Batches: what is in them, and that they are the same for any number of processes and workers and from any step."""
 
+import multiprocessing
+import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,14 @@ def test_workers_change_nothing(make, workers):
     state = torch.get_rng_state()
     assert same(list(make().epoch(0)), list(make(workers=workers).epoch(0)))
     assert torch.equal(state, torch.get_rng_state())  # dropout draws from it
+
+
+def test_an_interrupt_leaves_workers_alone(make):
+    batches = make(workers=1).epoch(0)
+    found = [next(batches)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert same(found + list(batches), list(make().epoch(0)))
 
 
 def test_what_workers_need_is_small(make):

@@ -170,6 +170,7 @@ def test_damage_is_told_and_repaired(text, vocabulary, tmp_path, name, how):
         ({"format": 99}, "format 99, of another version"),
         ({"columns": []}, "header.json is damaged"),
         ({"columns": {"tokens": {}}}, "header.json is damaged"),
+        ({"vocabulary": None}, "header.json is damaged"),
         ({"sources": None}, "header.json is damaged"),
     ],
 )

@@ -1,12 +1,14 @@
 """Batches to pre-train on: pairs of a corpus, masked and packed, the same for the same seed, epoch and step.
 
 An epoch reads the documents in random order, a block of them at a time. A block's examples are planned at once (where
-their segments lie, 2 µs each), shuffled, and divided into batches; only then, in the workers, are tokens looked at.
-Every block has a random generator of its own, and so has every batch's masking: to begin anywhere, the blocks before
-are planned, for their numbers of batches, and nothing else.
+their segments lie, 2 to 3 µs each), shuffled, and divided into batches; only then, in the workers, are tokens looked
+at. Every block has a random generator of its own, and so has every batch's masking: to begin anywhere, the blocks
+before are planned, for their numbers of batches, and nothing else. The generators are numpy's, whose draws another
+version of numpy may change.
 """
 
 import heapq
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -99,11 +101,12 @@ class PretrainingBatches:
             sampler=self._drafts(epoch, start),
             num_workers=self.workers,
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+            worker_init_fn=_ignore_interrupts,
         )
         yield from loader
 
     def steps(self, epoch: int) -> int:
-        """How many batches an epoch has. It is planned for that, which takes about 2 s a million examples."""
+        """How many batches an epoch has. It is planned for that, which takes about 3 s a million examples."""
         return sum(len(self._divide(self._plan(epoch, i, block))) for i, block in enumerate(self._blocks(epoch)))
 
     def _drafts(self, epoch: int, start: int) -> Iterator[_Draft]:
@@ -207,6 +210,11 @@ def share(lengths: np.ndarray, count: int) -> list[np.ndarray]:
         shares[i].append(place)
         heapq.heapreplace(loads, (load + int(lengths[place]), i))
     return [np.array(sorted(places), dtype=np.int64) for places in shares]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C goes to all processes, and the training still wants the batches of the step that it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:

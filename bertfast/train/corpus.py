@@ -19,6 +19,7 @@ from bertfast.train.vocabulary import Vocabulary
 
 _FORMAT = 1
 _HEADER = "header.json"
+_COLUMNS = ("tokens", "sentences", "documents")  # each in a file of that name, .bin
 _CHUNK = 1 << 16  # bytes
 
 
@@ -34,8 +35,7 @@ class Corpus:
         self.directory, self._header = directory, header
         self.fingerprint: str = header["vocabulary"]
         self.tokens, self.sentences, self.documents = (
-            np.memmap(directory / f"{name}.bin", dtype=column["dtype"], mode="r")
-            for name, column in header["columns"].items()
+            np.memmap(directory / f"{name}.bin", dtype=header["columns"][name]["dtype"], mode="r") for name in _COLUMNS
         )
 
     def __reduce__(self) -> tuple:
@@ -47,8 +47,8 @@ class Corpus:
         """The corpus in a directory. Raises DataError where it is damaged, which takes reading it once."""
         directory = Path(directory)
         header = _read_header(directory)
-        for name, column in header["columns"].items():
-            if _checksum(directory / f"{name}.bin") != column["checksum"]:
+        for name in _COLUMNS:
+            if _checksum(directory / f"{name}.bin") != header["columns"][name].get("checksum"):
                 raise DataError(f"{directory / name}.bin is damaged: it is not what was written")
         return cls(directory, header)
 
@@ -123,7 +123,7 @@ def _write_columns(
 ) -> dict[str, dict[str, Any]]:
     tokenizer = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
     tokenizer.encode_special_tokens = True  # a "[MASK]" that somebody wrote is text
-    dtypes = {"tokens": "<u2" if vocabulary.size <= 1 << 16 else "<u4", "sentences": "<i8", "documents": "<i8"}
+    dtypes = dict(zip(_COLUMNS, ("<u2" if vocabulary.size <= 1 << 16 else "<u4", "<i8", "<i8"), strict=True))
     with ExitStack() as files_to_write:
         columns = {
             name: _Column(files_to_write.enter_context((directory / f"{name}.bin").open("wb")), dtype)
@@ -169,8 +169,9 @@ def _read_header(directory: Path) -> dict[str, Any]:
     path = directory / _HEADER
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = header["format"], header["sources"]
-        expected = {name: np.dtype(c["dtype"]).itemsize * c["count"] for name, c in header["columns"].items()}
+        version, *_ = header["format"], header["sources"], header["vocabulary"]
+        columns = {name: header["columns"][name] for name in _COLUMNS}
+        expected = {name: np.dtype(c["dtype"]).itemsize * c["count"] for name, c in columns.items()}
         sizes = {name: (directory / f"{name}.bin").stat().st_size for name in expected}
     except OSError as error:
         raise DataError(f"{directory} is no tokenised corpus: {error}") from error
