@@ -148,11 +148,10 @@ def test_losses_agree_at_every_step(make: Callable[..., nn.Module]) -> None:
         assert ran(model) == {"packed": STEPS}
 
 
-@pytest.mark.parametrize("make", [patched, native])
-def test_bfloat16_strays_no_further_than_stocks(make: Callable[..., nn.Module]) -> None:
+def test_bfloat16_strays_no_further_than_stocks() -> None:
     """By the median over all steps: a curve that strays makes leaps now and then, and no two make the same."""
     exact = stock_losses(**BERTS_OWN)
-    strayed = (train(make(**BERTS_OWN), autocast=True) - exact).abs().median()
+    strayed = (train(patched(**BERTS_OWN), autocast=True) - exact).abs().median()
     band = (stock_losses(autocast=True, **BERTS_OWN) - exact).abs().median()
     assert 0 < strayed < 2 * band, f"{strayed:.5f}, stock {band:.5f}"
 
@@ -185,13 +184,13 @@ def test_losses_with_dropout_are_of_one_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "draws", "change"),
+    ("make", "change"),
     [
-        (stock, 1, {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
-        (stock, 2, {"attention_probs_dropout_prob": 0.0}),
-        (unscaled, 2, {}),
+        (stock, {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+        (stock, {"attention_probs_dropout_prob": 0.0}),
+        (unscaled, {}),
     ],
     ids=["none", "none in attention", "not scaled"],
 )
-def test_wrong_dropout_is_caught(make: Callable[..., nn.Module], draws: int, change: dict[str, float]) -> None:
-    assert distance(final_losses(make, draws, **DROPOUT | change)) > LIMIT
+def test_wrong_dropout_is_caught(make: Callable[..., nn.Module], change: dict[str, float]) -> None:
+    assert distance(final_losses(make, 1, **DROPOUT | change)) > LIMIT
