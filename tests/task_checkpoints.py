@@ -111,7 +111,7 @@ def questions(n: int, seed: int = 0, impossible: bool = False) -> dict[str, Any]
     draw = random.Random(seed)
     paragraphs = []
     for i in range(n):
-        place = draw.choice(("paris", "london", "cat"))
+        place = draw.choice(("paris", "bob london", "cat"))
         none = impossible and i % 3 == 0
         middle = "bob sat ." if none else f"anna lives in {place} ."
         text = " ".join([*draw.choices(FILL, k=draw.randint(1, 6)), middle, *draw.choices(FILL, k=2)])

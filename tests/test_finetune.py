@@ -205,7 +205,7 @@ def test_a_table_with_quotes_and_columns_of_other_names(
 def test_roberta(capsys: pytest.CaptureFixture, tmp_path: Path, task: str) -> None:
     """Bytes for tokens, a word with the space before it; positions behind the padding token's; no token types."""
     checkpoint = toys.save_checkpoint(tmp_path / "roberta", "RobertaForMaskedLM")
-    training, dev = write(task, tmp_path / "train", 160), write(task, tmp_path / "dev", 40, seed=1)
+    training, dev = write(task, tmp_path / "train", 320), write(task, tmp_path / "dev", 40, seed=1)
     command = ("finetune", checkpoint, training, "--task", task, "--eval", dev, "--output", tmp_path / "model", *FAST)
     report = json.loads(run(capsys, *command, "--json")[0])
     assert report["metrics"]["f1"] >= 0.9 and report["padded"] is None

@@ -310,10 +310,14 @@ def test_trainer_gives_the_same_losses(tokenizer: Any, tmp_path: Path, name: str
     ours: list[float] = []
     runner = Runner(model(), task.labels_of, 0)
     assert runner.padded is None
-    for _ in finetune(runner, task, examples, examples, settings, ours.append):
-        pass
-    order = torch.Generator().manual_seed(settings.seed)
-    places = [i for _ in range(2) for i in torch.randperm(20, generator=order).tolist()]
+
+    def advance(loss: float) -> None:
+        assert runner.model.training
+        ours.append(loss)
+
+    assert [epoch.number for epoch in finetune(runner, task, examples, examples, settings, advance)] == [1, 2]
+    torch.manual_seed(settings.seed)
+    places = [i for _ in range(2) for i in torch.randperm(20).tolist()]
     features = [examples.features[i] for i in places]
     data = [{"input_ids": f.input_ids, "token_type_ids": f.token_type_ids, "labels": f.labels} for f in features]
 

@@ -67,7 +67,6 @@ def finetune(
     for examples in (training, evaluation):
         check_vocabulary(examples.features, runner.model)
     torch.manual_seed(settings.seed)
-    order = torch.Generator().manual_seed(settings.seed)
     model, count = runner.model, len(training.features)
     steps = math.ceil(count / settings.batch_size) * settings.epochs
     optimizer = make_optimizer("adamw", model, settings.learning_rate, settings.weight_decay)
@@ -76,7 +75,7 @@ def finetune(
     for number in range(1, settings.epochs + 1):
         losses = []
         model.train()
-        for batch in torch.randperm(count, generator=order).split(settings.batch_size):
+        for batch in torch.randperm(count).split(settings.batch_size):
             loss = runner.loss([training.features[i] for i in batch.tolist()])
             loss.backward()
             losses.append(loss.item())
