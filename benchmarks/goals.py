@@ -11,4 +11,8 @@ GOALS = {
     ("1x128", "base", "bfloat16"): 1.3,
     ("8x128", "base", "bfloat16"): 1.15,
     ("32x128 ragged", "base", "bfloat16"): 2.6,
+    ("pretrain 8x128", "base", "float32"): 1.3,
+    ("pretrain 8x128", "base", "bfloat16"): 1.3,
+    ("pretrain 32x128 ragged", "base", "float32"): 2.8,
+    ("pretrain 32x128 ragged", "base", "bfloat16"): 2.8,
 }

@@ -16,11 +16,12 @@ CONFIGS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
 }
 MODELS = tuple(CONFIGS)
-_LABELS = {"sequence": 1, "token": 9}
+_LABELS = {"sequence": 1, "token": 9, "topic": 8}
 _CLASSES = {
     "": "Model",
     "sequence": "ForSequenceClassification",
     "token": "ForTokenClassification",
+    "topic": "ForSequenceClassification",
     "pretraining": "ForPreTraining",
 }
 
@@ -42,8 +43,8 @@ def build(name: str, head: str = "") -> nn.Module:
     """The stock model of transformers with sdpa, in float32 and evaluation mode.
 
     name: one of MODELS, of which "minilm" has real weights and the others random ones, which time and parity do not
-    mind; or the folder of a checkpoint. head: as in `Workload`, or "pretraining"; one that the checkpoint does not have
-    gets random weights. ValueError where there is no such model.
+    mind; or the folder of a checkpoint. head: as in `Workload`, "topic" or "pretraining"; one that the
+    checkpoint does not have gets random weights. ValueError where there is no such model.
     """
     check(name)
     if name in MODELS and name != "minilm":

@@ -245,6 +245,27 @@ def test_what_patching_costs():
     assert (row["more"].text, row["of it"].text, row["`patch`"].text) == ("42 µs", "0.2 %", "0.40 ms")
 
 
+def test_what_training_keeps():
+    line = synthetic.measurements("run-1", ("1x16",))[0] | {"benchmark": "memory", "precision": "float32"}
+    line |= {"peer": "bertfast", "status": "measured", "peak_bytes": 5e8, "goal": 0.6}
+    lines = [line | {"peer": "hf-sdpa", "peak_bytes": 1e9, "goal": None}, line]
+    (table,) = tables.activations(Lines({"run-1": synthetic.environment("run-1")}, lines))
+    (row,) = cells(table)
+    assert (row["Hugging Face"].text, row["bertfast"].text) == ("1 GB", "500 MB")
+    assert (row["of it"].text, row["goal"].text) == ("50 %", "≤ 60 %")
+
+
+def test_epochs_of_fine_tuning():
+    line = synthetic.measurements("run-1", ("1x16",))[0] | {"benchmark": "finetuning", "precision": "float32"}
+    line |= {"status": "measured", "baseline": "hf-sdpa", "accuracy": 0.914, "goal": 2.2}
+    stock = line | {"peer": "hf-sdpa", "median_s": 9.0, "accuracy": 0.908, "speedup": None, "goal": None}
+    ours = line | {"peer": "bertfast", "median_s": 3.0, "speedup": {"value": 3.0, "low": 2.9, "high": 3.1}}
+    (table,) = tables.finetuning(Lines({"run-1": synthetic.environment("run-1")}, [stock, ours]))
+    (row,) = cells(table)
+    assert (row["speed-up"].text, row["speed-up"].detail) == ("3.00×", "(2.90–3.10)")
+    assert row["accuracy: Hugging Face / bertfast"].text == "91 % / 91 %"
+
+
 def test_a_speed_up_over_another_baseline_is_not_shown_as_one_over_hugging_face():
     measured = synthetic.measurements("run-1", ("1x16",))
     for line in measured:

@@ -15,6 +15,8 @@ BLOCKS: dict[str, Callable[[Lines], list[Table]]] = {
     "main": tables.main,
     "peers": tables.peers,
     "training": tables.training,
+    "memory": tables.activations,
+    "finetuning": tables.finetuning,
     "overhead": tables.overhead,
 }
 _BEGIN = re.compile(r"<!-- results (?P<name>[^:\n]+): written by python -m benchmarks\.report -->\n")

@@ -68,6 +68,8 @@ def sections(lines: Lines, plots: Sequence[Plot]) -> dict[str, list[str]]:
         "Lengths and batches": drawn("throughput", "latency", "scaling"),
         "Against the machine": drawn("roofline"),
         "Training": listed(tables.training(lines), "training"),
+        "Fine-tuning": listed(tables.finetuning(lines), "finetuning"),
+        "What training keeps": listed(tables.activations(lines), "memory"),
         "What patching costs": listed(tables.overhead(lines), "overhead"),
         "Everything measured": list(searchable(lines)),
         "How it was measured": [f"<p>{escape(paragraph)}</p>" for paragraph in HOW],

@@ -96,7 +96,8 @@ def main(lines: Lines) -> list[Table]:
 def training(lines: Lines) -> list[Table]:
     """The same for training steps, with what the other peers reach."""
     caption = (
-        "One training step {where}: Hugging Face with sdpa against the same model patched, in the same precision. "
+        "One pre-training step {where}, both of BERT's tasks, dropout and AdamW: Hugging Face with sdpa against the "
+        "same model patched, in the same precision. "
         "Interleaved rounds, ratio of medians with its 95 % interval; the other columns are speed-ups over Hugging "
         "Face too, and memory is the peak of a step's tensors against Hugging Face's."
     )
@@ -112,6 +113,42 @@ def training(lines: Lines) -> list[Table]:
     for peer in others(tabled(lines, benchmark="training")):
         columns[peer] = lambda row, peer=peer: speedup(row.by_peer.get(peer))
     return against_stock(lines, "training", caption, columns)
+
+
+def finetuning(lines: Lines) -> list[Table]:
+    """Epochs of fine-tuning, and what was learned in them."""
+    caption = (
+        "An epoch of fine-tuning {where}: Hugging Face with sdpa on padded batches against the same model patched on "
+        "packed ones, by turns. Medians, their ratio with its 95 % interval, and the share of held-out sentences that "
+        "are classified right after the last epoch."
+    )
+    columns = {
+        "task": workload,
+        "dtype": precision,
+        "Hugging Face": stock_time,
+        "bertfast": our_time,
+        "speed-up": our_speedup,
+        "goal": goal,
+        "accuracy: Hugging Face / bertfast": accuracies,
+    }
+    return against_stock(lines, "finetuning", caption, columns)
+
+
+def activations(lines: Lines) -> list[Table]:
+    """The peak of a training step's tensors beyond weights, gradients and the optimizer's state."""
+    caption = (
+        "Peak of the tensors of a forward and a backward {where}, beyond weights and gradients, dropout on: Hugging "
+        "Face with sdpa against the same model patched."
+    )
+    columns = {
+        "workload": workload,
+        "dtype": precision,
+        "Hugging Face": lambda row: Cell(words.size(row.stock["peak_bytes"]), row.stock["peak_bytes"]),
+        "bertfast": lambda row: Cell(words.size(row.ours["peak_bytes"]), row.ours["peak_bytes"]),
+        "of it": lambda row: memory(row)._replace(strong=True),
+        "goal": lambda row: Cell(f"≤ {words.percent(row.ours['goal'])}", row.ours["goal"]),
+    }
+    return against_stock(lines, "memory", caption, columns)
 
 
 def overhead(lines: Lines) -> list[Table]:
@@ -239,6 +276,13 @@ def errors(row: Row) -> Cell:
     ours, stock = row.ours["error"]["max"], row.stock
     other = f"{stock['error']['max']:.1e}" if stock else "–"
     return Cell(f"{other} / {ours:.1e}", ours)
+
+
+def accuracies(row: Row) -> Cell:
+    """The shares of held-out rows that Hugging Face and bertfast get right."""
+    ours, stock = row.ours["accuracy"], row.stock
+    other = words.percent(stock["accuracy"]) if stock else "–"
+    return Cell(f"{other} / {words.percent(ours)}", ours)
 
 
 def memory(row: Row) -> Cell:
