@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,7 @@ def test_a_full_disk_leaves_the_best_model(
         saved.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail_at_second)
-    monkeypatch.setattr("bertfast.train.tasks.Classification.measure", _rising())
+    _measure(monkeypatch, [0.1, 0.2])
     output, training = tmp_path / "model", write("classification", tmp_path / "train", 40)
     error = refuse(capsys, "finetune", bert, training, "--task", "classification", "--output", output, *FAST)
     assert "No space left on device" in error and str(output) in error and "is whole" in error
@@ -278,10 +279,31 @@ def test_a_full_disk_leaves_the_best_model(
     run(capsys, "predict", output, training)
 
 
-def _rising() -> Any:
-    """Metrics under which each epoch is the best."""
-    scores = iter(range(100))
-    return lambda task, rows, predictions: {"accuracy": next(scores)}
+def _measure(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+    """Have the epochs these accuracies, one after another."""
+    left = iter(accuracies)
+    kind = "bertfast.train.tasks.Classification"
+    monkeypatch.setattr(f"{kind}.measure", lambda task, rows, predictions: {"accuracy": next(left)})
+
+
+def test_the_best_epoch_is_kept(
+    capsys: pytest.CaptureFixture, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[torch.Tensor] = []
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def spy(model: Any, folder: Path, **options: Any) -> None:
+        saved.append(model.classifier.weight.detach().clone())
+        save(model, folder, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", spy)
+    _measure(monkeypatch, [0.2, math.nan, 0.9, 0.9])
+    output, training = tmp_path / "model", write("classification", tmp_path / "train", 20)
+    command = ("finetune", bert, training, "--task", "classification", "--output", output, "--epochs", "4")
+    report = json.loads(run(capsys, *command, "--json")[0])
+    assert report["best_epoch"] == 3 and report["metrics"] == {"accuracy": 0.9} and len(saved) == 2
+    assert [epoch["accuracy"] for epoch in report["epochs"]] == [0.2, None, 0.9, 0.9]
+    assert torch.equal(load_file(output / "model.safetensors")["classifier.weight"], saved[1])
 
 
 @pytest.mark.parametrize("steps", [0, 7])
@@ -382,6 +404,30 @@ def test_checkpoints_that_do_not_fit(capsys: pytest.CaptureFixture, bert: Path, 
     kept = {name: tensor for name, tensor in weights.items() if "intermediate" not in name}
     save_file(kept, lacking / "model.safetensors", metadata={"format": "pt"})
     assert "does not hold 4 parameters of the encoder" in attempt(lacking)
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model", "a/b/c", "{file}", "{empty}", "x" * 5000, "nobody/nothing"])
+def test_models_that_are_none(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    training = write("classification", tmp_path / "train", 20)
+    (tmp_path / "empty").mkdir()
+    model = model.format(file=training, empty=tmp_path / "empty")
+    command = ("finetune", model, training, "--task", "classification", "--output", tmp_path / "model")
+    assert model in refuse(capsys, *command) and not (tmp_path / "model").exists()
+    assert model in refuse(capsys, "predict", model, training)
+
+
+def test_packages_that_are_missing(
+    capsys: pytest.CaptureFixture, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = write("ner", tmp_path / "train", 20)
+    for package in ("seqeval", "sklearn", "matplotlib"):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, package, None)
+            error = refuse(capsys, "finetune", bert, training, "--task", "ner", "--output", tmp_path / "model")
+        assert f"takes {package}, which is not installed: pip install 'bertfast[train]'" in error
 
 
 def test_a_head_of_another_size_starts_anew(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_which_columns_are_taken(tmp_path: Path) -> None:
         ("t.jsonl", '{"text": "a", "label": null}', ":1: the label 'label' is empty"),
         ("t.json", '[{"text": "a", "label": "b"}, "c"]', ": [1]: a JSON str"),
         ("t.json", "[" * 100_000, "not JSON"),
+        ("t.jsonl", '{"text": "a", "label": "b"}\n{"text": "\\uD800 a", "label": "b"}', ":2: not JSON"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bertfast.cli.files import check_model
 from bertfast.cli.numbers import integer, real
 from bertfast.cli.output import UsageError, print_json, print_table, progress_bar
 from bertfast.cli.task_models import load_model, load_tokenizer, longest
@@ -68,14 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     task = _task(args)
+    check_model(args.model)
     quiet_transformers()
     for module in (*task.packages, "matplotlib"):
         need(module, "fine-tuning")
-    output = Path(args.output).expanduser()
+    output = Path(args.output)
     _check_output(output)
     task, training, evaluation = _read(args, task)
-    tokenizer = load_tokenizer(args.model, task)
     model, new = load_model(args.model, task, args.seed)
+    tokenizer = load_tokenizer(args.model, task)
     length = longest(model, tokenizer, args.max_length, _QA_LENGTH if args.task == Answers.name else math.inf)
     task = replace(task, max_length=length)
     if isinstance(task, Answers) and args.stride is None:

@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     for module in task.packages if args.metrics or task.labels_of == "token" else ():
         need(module, "this prediction")
     rows = task.read(args.file, labelled=args.metrics)
-    tokenizer = load_tokenizer(args.model, task)
     model, new = load_model(args.model, task, 0)
     if new:
         raise UsageError(f"{args.model} lacks {', '.join(new)}: it was not fine-tuned for {task.name}")
+    tokenizer = load_tokenizer(args.model, task)
     runner = Runner(model, task.labels_of, tokenizer.pad_token_id or 0, args.precision)
     if runner.padded:
         _note(f"batches are padded: {runner.padded}")

@@ -29,9 +29,13 @@ def load_tokenizer(model: str, task: Task) -> Any:
     """The model's own tokenizer, one of those that know where tokens come from."""
     # Byte-level tokenizers take words (of named entities) only if the first of a text is like those inside of it.
     options = {"add_prefix_space": True} if task.labels_of == "token" else {}
-    tokenizer = load(lambda t: t.AutoTokenizer.from_pretrained(model, **options), model)
+    advice = "save the tokenizer that it was trained with beside the model"
+    try:
+        tokenizer = load(lambda t: t.AutoTokenizer.from_pretrained(model, **options), model)
+    except UsageError as error:
+        raise UsageError(f"{error} ({advice})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one of nothing
-        raise UsageError(f"{model} has no tokenizer: save the one that it was trained with beside it")
+        raise UsageError(f"{model} has no tokenizer: {advice}")
     if not tokenizer.is_fast:
         raise UsageError(f"{model} has a {type(tokenizer).__name__}, which is none of the tokenizers library")
     return tokenizer

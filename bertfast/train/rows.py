@@ -327,6 +327,9 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # which escapes of half a character are in the way of
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON: {error}") from error
+    return value
