@@ -124,6 +124,20 @@ def test_an_epoch_is_all_documents_once(make, corpus):
     assert sum(e.sequences for e in batches.epoch(0)) == count
 
 
+def test_every_draw_is_its_own(make, corpus):
+    """Of each epoch the order and the pairs, of each block the pairs, of each batch the masks."""
+    batches = make()
+    blocks, later = batches._blocks(0), batches._blocks(1)
+    assert blocks[0].tolist() != later[0].tolist()
+    plans = [batches._plan(epoch, i, blocks[0]) for epoch, i in ((0, 0), (1, 0), (0, 1))]
+    assert len({tuple(sorted(plan.a_end.tolist())) for plan in plans}) == 3
+    draft = next(batches._drafts(0, 0))
+    made = [batches._examples[d] for d in (draft, draft._replace(step=1), draft._replace(epoch=1))]
+    assert len({tuple(e.batch.labels.tolist()) for e in made}) == 3
+    documents = np.searchsorted(corpus.sentences[corpus.documents], draft.pairs.a_begin, side="right")
+    assert np.mean(documents[1:] == documents[:-1]) < 0.3
+
+
 @pytest.mark.parametrize("masking", ["whole-word", "token"])
 def test_the_same_seed_gives_the_same(make, masking):
     one = list(make(masking=masking).epoch(2))

@@ -1,6 +1,8 @@
 """Masks: their statistics on many tokens, and what holds of every sequence."""
 
+from dataclasses import fields
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +124,13 @@ def test_another_generator_masks_other_words():
     ids, lengths = draw(20, np.random.default_rng(3))
     one, other = (masking(True).apply(ids, lengths, np.random.default_rng(seed))[1] for seed in (0, 1))
     assert (one != other).any()
+
+
+def test_what_it_takes_of_a_vocabulary():
+    vocabulary = SimpleNamespace(special=SPECIAL, continues=CONTINUES, mask_id=MASK)
+    for kind, whole_words in (("whole-word", True), ("token", False)):
+        made, expected = Masking.of(vocabulary, kind), masking(whole_words)
+        assert all(np.array_equal(getattr(made, f.name), getattr(expected, f.name)) for f in fields(Masking))
 
 
 def test_kinds():

@@ -55,9 +55,9 @@ def test_segments_and_labels():
 
 
 def test_half_of_them_follow():
-    corpus = make_corpus([[10] * 3000, [9] * 3000, [11] * 3000])
+    corpus = make_corpus([[10] * 40_000, [9] * 40_000, [11] * 40_000])
     pairs = draw(corpus, 64)
-    assert len(pairs.random) > 1500 and near(int(pairs.random.sum()), len(pairs.random), 0.5)
+    assert len(pairs.random) > 20_000 and near(int(pairs.random.sum()), len(pairs.random), 0.5)
 
 
 def test_a_tenth_are_shorter():
@@ -69,6 +69,11 @@ def test_a_tenth_are_shorter():
     # A random length is the full one once in 31 times.
     assert near(len(short), len(lengths), 0.1 * 30 / 31)
     assert set(short.tolist()) == set(range(2, 32)) and abs(short.mean() - 16.5) < 5 * 9 / len(short) ** 0.5
+    # The shortest of all: half of the short ones are no shorter.
+    smallest = draw(make_corpus([[1] * 20_000] * 2), 6)
+    lengths_of_three = smallest.lengths[smallest.random == 0] - 3
+    assert set(lengths_of_three.tolist()) == {2, 3}
+    assert near(int((lengths_of_three == 2).sum()), len(lengths_of_three), 0.1 / 2)
     # A ends anywhere inside.
     cuts = (pairs.a_end - pairs.a_begin)[pairs.random == 0][lengths == 32]
     assert set(cuts.tolist()) == set(range(1, 32)) and abs(cuts.mean() - 16) < 5 * 9 / len(cuts) ** 0.5

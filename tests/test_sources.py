@@ -10,10 +10,11 @@ from bertfast.train.sources import find_files, read_batches, read_lines
 
 
 def test_directories_are_searched_for_texts(tmp_path):
-    for name in ("b.txt", "a.txt.gz", "deep/er/c.txt", "notes.md", "deep/data.gz"):
+    texts = [f"z{i}.txt" for i in (7, 3, 9, 1, 8, 2, 6, 4, 5)]
+    for name in ("b.txt", "a.txt.gz", "deep/er/c.txt", "notes.md", "deep/data.gz", *texts):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    expected = [tmp_path / name for name in ("a.txt.gz", "b.txt", "deep/er/c.txt")]
+    expected = [tmp_path / name for name in ("a.txt.gz", "b.txt", "deep/er/c.txt", *sorted(texts))]
     assert find_files([tmp_path]) == expected
     assert find_files([str(tmp_path / "notes.md"), tmp_path / "deep"]) == [tmp_path / "notes.md", expected[2]]
 
@@ -74,7 +75,7 @@ def test_what_is_not_utf8_is_named_by_its_line(tmp_path):
 
 def test_archives_that_are_cut_or_none(tmp_path):
     whole = gzip.compress(b"some words that do not repeat, 1234567890\n" * 50)
-    for i, data in enumerate((whole[:-20], whole[:-4] + b"oops", b"plain text", whole[:15] + b"\0" * 20 + whole[35:])):
+    for i, data in enumerate((whole[:-20], whole[:-4] + b"oops", b"plain text", whole[:10] + b"\xff" + whole[11:])):
         path = tmp_path / f"{i}.txt.gz"
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"{i}\.txt\.gz cannot be read: \S"):
