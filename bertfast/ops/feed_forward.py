@@ -7,7 +7,7 @@ the first GEMM's output, which the activation's own backward needs anyway.
 import torch
 from torch import Tensor
 
-from bertfast.ops import registry
+from bertfast.ops import gemm, registry
 from bertfast.ops.gelu import bias_gelu, gelu_again
 from bertfast.ops.linear import ACTIVATIONS, PackedWeights, linear
 
@@ -63,8 +63,8 @@ def _fake(x, bias, weight, approximate):
 
 
 def _run_backward(dout, x, bias, weight, approximate):
-    activated, dx, dbias = gelu_again(dout @ weight, x, bias, approximate)
-    return dx, dbias, dout.t() @ activated
+    activated, dx, dbias = gelu_again(gemm.gradient_of_input(dout, weight), x, bias, approximate)
+    return dx, dbias, gemm.gradient_of_weight(dout, activated)
 
 
 def _fake_backward(dout, x, bias, weight, approximate):

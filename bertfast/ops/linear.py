@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bertfast import backend, native
 from bertfast.layout import adjacent
-from bertfast.ops import registry
+from bertfast.ops import gemm, registry
 from bertfast.ops.gelu import bias_gelu, cpu_gelu_
 
 ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
@@ -173,11 +173,11 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> No
 
 def _onednn(x, weights, biases, activation, packed):
     held = packed.get(x, weights, biases) if packed is not None and x.numel() else None
+    attribute, algorithm = ACTIVATIONS[activation]
     if held is None:
         _check(x, weights, biases)
-        out = _separate(x, weights, biases)
-        return out if activation == "none" else cpu_gelu_(out, ACTIVATIONS[activation][1])
-    attribute, algorithm = ACTIVATIONS[activation]
+        out = gemm.product(x, gemm.joined(weights), gemm.joined(biases))
+        return out if activation == "none" else cpu_gelu_(out, algorithm)
     return _linear_pointwise(x, *held, attribute, [], algorithm)
 
 
@@ -249,15 +249,8 @@ def _fake(x, weights, biases, activation):
 
 
 def _run_backward(dout, x, weights, biases):
-    weight = adjacent(weights)
-    if weight is not None:
-        dx = dout @ weight
-    else:
-        first, *others = zip(dout.split([w.shape[0] for w in weights], dim=1), weights, strict=True)
-        dx = first[0] @ first[1]
-        for dy, weight in others:
-            dx.addmm_(dy, weight)
-    return dx, dout.t() @ x, dout.sum(0) if biases else x.new_empty(0)
+    dx = gemm.gradient_of_input(dout, gemm.joined(weights))
+    return dx, gemm.gradient_of_weight(dout, x), dout.sum(0) if biases else x.new_empty(0)
 
 
 def _fake_backward(dout, x, weights, biases):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bertfast.ops import registry
+from bertfast.ops import gemm, registry
 
 IGNORED = -100  # the label of a token that no word is asked for, as in transformers
 REDUCTIONS = ("mean", "sum")
@@ -83,7 +83,7 @@ def _chunks(rows: Tensor, words: int) -> tuple[Tensor, ...]:
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(rows, vocabulary), in the statistics' dtype."""
-    return torch.nn.functional.linear(x, weight, bias).to(_wide(x))
+    return gemm.product(x, weight, bias).to(_wide(x))
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -119,13 +119,9 @@ def _run_backward(dloss, x, labels, weight, bias, lse):
         if bias is not None:
             dbias += dlogits.sum(0)
         dlogits = dlogits.to(x.dtype)
-        dx.index_copy_(0, part, dlogits @ weight)
-        if dweight is None:
-            dweight = dlogits.t() @ inputs
-        elif x.dtype is wide:
-            dweight.addmm_(dlogits.t(), inputs)
-        else:
-            dweight = dweight.to(wide).add_(dlogits.t() @ inputs)
+        dx.index_copy_(0, part, gemm.gradient_of_input(dlogits, weight))
+        found = gemm.gradient_of_weight(dlogits, inputs)
+        dweight = found if dweight is None else dweight.to(wide).add_(found)
     dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
     return dx, dweight, dbias.to(x.dtype)
 
