@@ -106,15 +106,18 @@ def test_going_on(capsys, tmp_path, texts, finished, interrupted_at):
     assert "TEXT was 1 files of" in refuse(capsys, *arguments(changed, tmp_path / "run"))
     moved = tmp_path / "moved.txt"
     shutil.copy(texts, moved)
+    for unfinished in (".saving-1", "corpus/.building-2"):
+        (tmp_path / "run" / unfinished / "part").mkdir(parents=True)
     assert main(arguments(moved, tmp_path / "run", "--workers", "1", "--keep", "1", "--gradient-checkpointing")) == 0
     assert "going on after step 5 of 8" in capsys.readouterr().err
     assert log(tmp_path / "run") == log(finished)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]
+    assert not list((tmp_path / "run").rglob(".*-*"))
 
 
 def test_a_real_interrupt_with_workers(tmp_path, texts, finished):
-    """Ctrl-C reaches the workers as well."""
+    """Terminals and schedulers signal the workers as well."""
     command = [
         sys.executable,
         "-m",
@@ -126,7 +129,7 @@ def test_a_real_interrupt_with_workers(tmp_path, texts, finished):
     begin = time.monotonic()
     while not log(tmp_path / "run") and time.monotonic() < begin + 60:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     [wait, error] = error.splitlines()

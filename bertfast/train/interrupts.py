@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM: a training finishes its step and saves before it stops."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,12 +24,12 @@ def noted_interrupts(noticed: Callable[[], Any] = lambda: None, once: bool = Tru
     once: whether a second signal does what it did before the block. torchrun passes on what its processes were sent
         already, so that they had better take no notice of repetitions.
     """
-    seen, process = False, os.getpid()
+    seen = False
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def note(number: int, frame: Any) -> None:
         nonlocal seen
-        if not seen and os.getpid() == process:  # the workers that a process forks inherit what handles its signals
+        if not seen:
             noticed()
         seen = True
         if once:
@@ -39,6 +38,19 @@ def noted_interrupts(noticed: Callable[[], Any] = lambda: None, once: bool = Tru
 
     with _handling(note, *_SIGNALS):
         yield lambda: seen
+
+
+@contextmanager
+def unnoticed_by_children() -> Iterator[None]:
+    """Processes that begin inside of the block never see a signal to stop, which would take them from their parent.
+
+    Terminals and schedulers send it to all of them; the parent is told at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from bertfast.errors import BertfastError, CheckpointError
 from bertfast.heads import BertForPreTraining
 from bertfast.train.checkpoints import SUMS, Checkpoints
 from bertfast.train.distributed import Processes
-from bertfast.train.interrupts import noted_interrupts
+from bertfast.train.interrupts import noted_interrupts, unnoticed_by_children
 from bertfast.train.optimizers import linear_schedule, make_optimizer
 from bertfast.train.progress import CURVE, Log, draw_curves, read_log
 from bertfast.train.recomputation import recompute_layers
@@ -201,7 +201,8 @@ class Pretraining:
     def _update(self, stream: Iterator[tuple[Any, _Position]], interrupted: Callable[[], bool]) -> tuple[Record, bool]:
         """One step. Returns its record, and whether one of the processes was told to stop."""
         begin, settings = time.perf_counter(), self.settings
-        parts = [next(stream) for _ in range(settings.accumulate)]
+        with unnoticed_by_children():  # the workers that make batches
+            parts = [next(stream) for _ in range(settings.accumulate)]
         labelled = sum(examples.labelled for examples, _ in parts)
         sequences = sum(examples.sequences for examples, _ in parts)
         sums = self._backward([examples for examples, _ in parts], labelled, sequences)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from bertfast.train.progress import LOG
 
 RUN, _TEMPORARY, _LOCK = "run.json", ".run.json.tmp", ".lock"
 
+_UNFINISHED = (".saving-*", "*/.building-*")  # what a process that was killed was about to put in place
+
 
 class RunError(BertfastError, ValueError):
     """The directory cannot be this training's."""
@@ -20,6 +23,8 @@ class RunError(BertfastError, ValueError):
 @contextmanager
 def held_directory(directory: Path) -> Iterator[None]:
     """A training's directory, made if need be, is no other process's inside of the block.
+
+    What another one, which was killed, left unfinished in it is removed.
 
     Raises RunError where it is one's, where it holds something else than a training, and where it cannot be written.
     """
@@ -37,6 +42,8 @@ def held_directory(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is training in {directory}: stop it, or name a new directory") from None
+        for unfinished in (path for pattern in _UNFINISHED for path in directory.glob(pattern)):
+            shutil.rmtree(unfinished)
         yield
 
 
