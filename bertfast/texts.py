@@ -9,9 +9,11 @@ import math
 import random
 import re
 import sysconfig
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 # Those whose docstrings hold the most prose; parsing all of the library would take a minute.
 _MODULES = (
@@ -54,35 +56,72 @@ def sentences(
 @cache
 def corpus() -> tuple[str, ...]:
     """The sentences of the standard library's documentation, of four words or more, in a fixed order."""
-    found: dict[str, None] = {}  # a set that keeps the order
-    for document in _documents():
-        for paragraph in re.split(r"\n\s*\n", document):
-            if ">>>" in paragraph:
-                continue
-            text = _MARKUP.sub("", " ".join(paragraph.split()))
-            for sentence in _SENTENCE_END.split(text):
-                if _is_prose(sentence):
-                    found.setdefault(sentence)
+    found = tuple(sentence for document in documents() for sentence in document.sentences)
     if not found:
         raise RuntimeError("this Python was installed without its documentation: give texts of your own")
+    return found
+
+
+class Document(NamedTuple):
+    """Sentences in the order in which they were written. name: "topics/…", a module's path, or "LICENSE"."""
+
+    name: str
+    sentences: tuple[str, ...]
+
+
+@cache
+def documents(modules: tuple[str, ...] = _MODULES) -> tuple[Document, ...]:
+    """The documentation of the language, of these modules, and the licence, each sentence of it where it comes first.
+
+    There is what there is: a stripped-down Python may lack any of them.
+    """
+    known: set[str] = set()
+    found = []
+    for name, passages in _sources(modules):
+        own = dict.fromkeys(sentence for text in passages for sentence in _cut(text) if sentence not in known)
+        known.update(own)
+        if own:
+            found.append(Document(name, tuple(own)))
     return tuple(found)
 
 
-def _documents() -> list[str]:
-    """What there is of the sources named above: a stripped-down Python may lack any of them."""
-    library = Path(sysconfig.get_path("stdlib"))
-    documents = []
+def library() -> tuple[str, ...]:
+    """The paths of the standard library's modules, as `documents` takes them, without its tests and other people's."""
+    root = _library()
+    found = (path.relative_to(root).with_suffix("").as_posix() for path in sorted(root.rglob("*.py")))
+    return tuple(name for name in found if _NOT_PROSE.isdisjoint(name.split("/")))
+
+
+_NOT_PROSE = {"test", "tests", "site-packages", "dist-packages", "pydoc_data"}
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _sources(modules: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """The passages of each document, by its name."""
     with suppress(ImportError):
         from pydoc_data.topics import topics
 
-        documents += [topics[name] for name in sorted(topics)]
-    for module in _MODULES:
-        path = library / f"{module}.py"
+        for name in sorted(topics):
+            yield f"topics/{name}", [topics[name]]
+    for module in modules:
+        path = _library() / f"{module}.py"
         if path.is_file():
             # Parsed rather than imported: an import runs code, and python -OO drops the docstrings.
-            documents += _docstrings(path.read_text(encoding="utf-8"))
-    licence = library / "LICENSE.txt"
-    return [*documents, licence.read_text(encoding="utf-8")] if licence.is_file() else documents
+            with suppress(SyntaxError, UnicodeDecodeError):  # files that show what neither can read
+                yield module, _docstrings(path.read_text(encoding="utf-8"))
+    licence = _library() / "LICENSE.txt"
+    if licence.is_file():
+        yield "LICENSE", [licence.read_text(encoding="utf-8")]
+
+
+def _cut(text: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        if ">>>" not in paragraph:
+            plain = _MARKUP.sub("", " ".join(paragraph.split()))
+            yield from (sentence for sentence in _SENTENCE_END.split(plain) if _is_prose(sentence))
 
 
 def _docstrings(code: str) -> list[str]:

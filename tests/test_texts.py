@@ -67,3 +67,19 @@ def test_bad_files(tmp_path, content, error, words):
 def test_a_directory_is_no_text_file(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a directory"):
         texts.read_lines(tmp_path)
+
+
+def test_documents_are_the_corpus_in_its_parts():
+    documents = texts.documents()
+    assert tuple(sentence for document in documents for sentence in document.sentences) == texts.corpus()
+    names = [document.name for document in documents]
+    assert len(set(names)) == len(names) > 50
+    [shutil] = [document for document in documents if document.name == "shutil"]
+    assert any("file" in sentence for sentence in shutil.sentences)
+
+
+def test_the_library_s_modules():
+    library = texts.library()
+    assert {"shutil", "json/__init__", "unittest/mock"} <= set(library) and len(library) > 300
+    assert not any("test" in name.split("/") or "site-packages" in name for name in library)
+    assert [document.name for document in texts.documents(("shutil", "no such module"))].count("shutil") == 1
