@@ -82,21 +82,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words.add_argument("--cased", action="store_true", help="a new vocabulary keeps capital letters and accents")
     data = parser.add_argument_group("batches")
     data.add_argument(
-        "--max-length", type=_at_least(SHORTEST), default=128, metavar="N", help="tokens of a pair of sentences"
+        "--max-length",
+        type=_at_least(SHORTEST),
+        default=128,
+        metavar="N",
+        help="tokens of a pair of sentences (default: 128)",
     )
     data.add_argument(
-        "--tokens-per-batch", type=_at_least(1), default=8192, metavar="N", help="of all processes together"
+        "--tokens-per-batch",
+        type=_at_least(1),
+        default=8192,
+        metavar="N",
+        help="of all processes together (default: 8192)",
     )
-    data.add_argument("--accumulate", type=_at_least(1), default=1, metavar="N", help="batches of one step")
-    data.add_argument("--masking", choices=MASKINGS, default="whole-word")
-    data.add_argument("--workers", type=_at_least(0), default=0, metavar="N", help="processes that make batches")
+    data.add_argument(
+        "--accumulate", type=_at_least(1), default=1, metavar="N", help="batches of one step (default: 1)"
+    )
+    data.add_argument("--masking", choices=MASKINGS, default="whole-word", help="default: whole-word")
+    data.add_argument(
+        "--workers", type=_at_least(0), default=0, metavar="N", help="processes that make batches ahead (default: none)"
+    )
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_at_least(1), metavar="N")
     length.add_argument("--epochs", type=_at_least(1), metavar="N", help=f"default: {_EPOCHS}")
-    training.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    training.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
     training.add_argument(
-        "--learning-rate", type=_positive, default=1e-4, metavar="R", help="LAMB takes ten times more"
+        "--learning-rate", type=_positive, default=1e-4, metavar="R", help="default: 1e-4; LAMB takes ten times more"
     )
     training.add_argument(
         "--warmup",
@@ -104,17 +116,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"steps in which the rate rises (default: a tenth, at most {_MOST_WARMUP})",
     )
-    training.add_argument("--weight-decay", type=_not_negative, default=0.01, metavar="W")
-    training.add_argument("--clip", type=_positive, default=1.0, metavar="NORM", help="of the gradient; inf for none")
-    training.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the GEMMs; weights: float32")
+    training.add_argument("--weight-decay", type=_not_negative, default=0.01, metavar="W", help="default: 0.01")
+    training.add_argument(
+        "--clip", type=_positive, default=1.0, metavar="NORM", help="of the gradient; inf for none (default: 1)"
+    )
+    training.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the GEMMs; weights are float32 (default: float32)",
+    )
     training.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
     machine = parser.add_argument_group("memory and disk")
     machine.add_argument(
         "--gradient-checkpointing", dest="recompute", action="store_true", help="less memory, a third more time"
     )
     machine.add_argument("--sharded", action="store_true", help="divide weights and optimizer among the processes")
-    machine.add_argument("--save-every", type=_at_least(1), default=1000, metavar="N", help="steps between checkpoints")
-    machine.add_argument("--keep", type=_at_least(1), default=2, metavar="N", help="how many of the last checkpoints")
+    machine.add_argument(
+        "--save-every", type=_at_least(1), default=1000, metavar="N", help="steps between checkpoints (default: 1000)"
+    )
+    machine.add_argument(
+        "--keep", type=_at_least(1), default=2, metavar="N", help="how many of the last checkpoints (default: 2)"
+    )
 
 
 def _at_least(least: int) -> Callable[[str], int]:
