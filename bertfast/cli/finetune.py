@@ -21,7 +21,7 @@ from typing import Any
 
 from bertfast.cli.files import check_model
 from bertfast.cli.numbers import integer, real
-from bertfast.cli.output import UsageError, print_json, print_table, progress_bar
+from bertfast.cli.output import UsageError, print_json, print_note, print_table, progress_bar
 from bertfast.cli.task_models import load_model, load_tokenizer, longest
 from bertfast.cli.tokens import quiet_transformers
 from bertfast.train.extra import need
@@ -53,17 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval", metavar="FILE", help="the rows to evaluate on (default: a tenth of the others)")
     for kind in ("text", "pair", "label"):
         parser.add_argument(f"--{kind}-column", metavar="NAME", help=f"of the tables' {kind} column")
-    parser.add_argument("--epochs", type=integer(1), default=default.epochs, metavar="N")
-    parser.add_argument("--batch-size", type=integer(1), default=default.batch_size, metavar="N", help="sequences")
-    parser.add_argument("--learning-rate", type=real(0, above=True), default=default.learning_rate, metavar="X")
-    parser.add_argument("--warmup", type=real(0, 1), default=default.warmup, metavar="X", help="share of the steps")
-    parser.add_argument("--weight-decay", type=real(0), default=default.weight_decay, metavar="X")
-    parser.add_argument("--max-grad-norm", type=real(0, above=True), default=default.max_grad_norm, metavar="X")
-    parser.add_argument("--max-length", type=integer(1), metavar="N", help="tokens (default: all, for qa 384)")
-    parser.add_argument("--stride", type=integer(0), metavar="N", help="qa: tokens windows share (default: a third)")
+    positive = real(0, above=True)
+    for name, kind, unit in (
+        ("epochs", integer(1), "N"),
+        ("batch-size", integer(1), "SEQUENCES"),
+        ("learning-rate", positive, "X"),
+        ("warmup", real(0, 1), "SHARE"),
+        ("weight-decay", real(0), "X"),
+        ("max-grad-norm", positive, "X"),
+        ("seed", integer(0, _LARGEST_SEED), "N"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, default=value, metavar=unit, help=f"(default: {value})")
+    parser.add_argument(
+        "--max-length", type=integer(1), metavar="N", help="in tokens (default: the model's own, for qa 384)"
+    )
+    parser.add_argument(
+        "--stride", type=integer(0), metavar="N", help="qa: tokens that windows share (default: a third)"
+    )
     parser.add_argument("--max-answer-length", type=integer(1), metavar="N", help="qa: in tokens (default: 30)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--seed", type=integer(0, _LARGEST_SEED), default=default.seed, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -84,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
         task = replace(task, stride=length // 3)
     runner = Runner(model, task.labels_of, tokenizer.pad_token_id or 0, args.precision)
     if runner.padded:
-        _note(f"batches are padded: {runner.padded}")
+        print_note(f"batches are padded: {runner.padded}")
     if new:
-        _note(f"new, to be trained: {', '.join(new)}")
+        print_note(f"new, to be trained: {', '.join(new)}")
     examples = [
         _encode(task, rows, tokenizer, what) for rows, what in ((training, "training"), (evaluation, "evaluation"))
     ]
@@ -137,14 +146,14 @@ def _read(args: argparse.Namespace, task: Task) -> tuple[Task, Sequence[Any], Se
     if args.eval is not None:
         return task, rows, task.read(args.eval)
     training, evaluation = hold_out(task, rows, args.seed)
-    _note(f"without --eval: {len(evaluation)} of the {len(rows)} rows are held out to evaluate on")
+    print_note(f"without --eval: {len(evaluation)} of the {len(rows)} rows are held out to evaluate on")
     return task, training, evaluation
 
 
 def _encode(task: Task, rows: Sequence[Any], tokenizer: Any, what: str) -> Examples:
     features, changes = task.encode(rows, tokenizer)
     for change, count in changes.items():
-        _note(f"{what}: {count} {change}")
+        print_note(f"{what}: {count} {change}")
     return Examples(rows, features)
 
 
@@ -194,7 +203,3 @@ def _keep(
 
     write_together(output, write)
     report |= told
-
-
-def _note(text: str) -> None:
-    print(f"bertfast: {text}", file=sys.stderr)

@@ -29,6 +29,11 @@ def print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False, default=str), flush=True)
 
 
+def print_note(text: str) -> None:
+    """Something that is worth knowing and no result, on stderr."""
+    print(f"bertfast: {text}", file=sys.stderr)
+
+
 def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
     """Rows in columns as wide as they need to be: the first flush left, the others flush right."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]

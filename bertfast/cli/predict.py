@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from bertfast.cli.numbers import integer
-from bertfast.cli.output import UsageError, print_table, progress_bar, replacing
+from bertfast.cli.output import UsageError, print_note, print_table, progress_bar, replacing
 from bertfast.cli.task_models import load_model, load_task, load_tokenizer
 from bertfast.cli.tokens import quiet_transformers
 from bertfast.train.extra import need
@@ -50,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model, task)
     runner = Runner(model, task.labels_of, tokenizer.pad_token_id or 0, args.precision)
     if runner.padded:
-        _note(f"batches are padded: {runner.padded}")
+        print_note(f"batches are padded: {runner.padded}")
     changes: Counter[str] = Counter()
     destination = replacing(args.output) if args.output else nullcontext(sys.stdout)
     with destination as file, progress_bar(len(rows), "predicting", unit="row") as bar:
         predictions = predict(runner, task, rows, tokenizer, args.batch_size, changes, bar.update)
         predictions = _write(predictions, file, keep=args.metrics)
     for change, count in changes.items():
-        _note(f"{count} {change}")
+        print_note(f"{count} {change}")
     if args.output:
         print(f"{args.output}: {len(rows)} predictions")
     if args.metrics:
@@ -74,7 +74,3 @@ def _write(predictions: Iterable[dict[str, Any]], file: Any, keep: bool) -> Sequ
         if keep:
             kept.append(prediction)
     return kept
-
-
-def _note(text: str) -> None:
-    print(f"bertfast: {text}", file=sys.stderr)
