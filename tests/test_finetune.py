@@ -20,7 +20,9 @@ pytest.importorskip("matplotlib")
 import task_checkpoints as toys  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from bertfast.cli.task_models import load_tokenizer  # noqa: E402
 from bertfast.train.runner import Runner  # noqa: E402
+from bertfast.train.tasks import TASKS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,6 +214,14 @@ def test_roberta(capsys: pytest.CaptureFixture, tmp_path: Path, task: str) -> No
     assert report["metrics"]["f1"] >= 0.9 and report["padded"] is None
     out, _ = run(capsys, "predict", tmp_path / "model", dev)
     CHECKS[task]([json.loads(line) for line in out.splitlines()], dev)
+
+
+def test_words_begin_with_their_space(tmp_path: Path) -> None:
+    toys.save_byte_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    tokenizer = load_tokenizer(str(tmp_path), TASKS["ner"]())
+    tokens = tokenizer(["anna", "sat"], is_split_into_words=True).tokens()
+    assert tokens == ["<s>", "Ġanna", "Ġsat", "</s>"]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_answers() -> None:
     assert answer_metrics([[]], ["cat"])["f1"] == 0
     assert set(answer_metrics([["the"]], [""])) == {"f1", "exact"}
     assert answer_metrics([["the"]], [""])["exact"] == 1, "of that answer nothing remains"
+    assert answer_metrics([["the", "cat"]], [""])["exact"] == 0, "another answer does"
 
 
 @pytest.mark.filterwarnings("error")
