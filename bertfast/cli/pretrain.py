@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bertfast.cli.files import check_model, find
-from bertfast.cli.output import UsageError, print_table, progress_bar
+from bertfast.cli.output import UsageError, print_note, print_table, progress_bar
 from bertfast.config import BertConfig
 from bertfast.errors import BertfastError
 from bertfast.heads import BertForPreTraining
@@ -194,7 +193,7 @@ def _pretrain(args: argparse.Namespace, processes: Processes) -> int:
         training = _prepare(args, processes, held)
         done, steps = training.resume(), training.settings.steps
         if processes.first and done:
-            print(f"bertfast: going on after step {done} of {steps}", file=sys.stderr)
+            print_note(f"going on after step {done} of {steps}")
         with progress_bar(steps, "pretrain", quiet=not processes.first, unit="step") as bar:
             bar.initial = bar.n = done
 
