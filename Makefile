@@ -13,8 +13,9 @@ NEW_VERSION := $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_TESTS = $(VENV)/transformers-tests
 # As many tests at once as there are cores, each with a thread of its own.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-OLD_TESTS = $(addsuffix .py,$(addprefix tests/test_,patching planning seams snapshot flattened families architectures word_loss \
-	heads model checkpoint cli trainer pipelines adapters distributed ecosystem properties transformers_common))
+OLD_TESTS = $(addsuffix .py,$(addprefix tests/test_,patching planning seams snapshot flattened families architectures \
+	word_loss heads model checkpoint cli runner tasks finetune trainer pipelines adapters distributed ecosystem \
+	properties transformers_common))
 
 EXTRAS = test,dev,transformers,sentence-transformers,plots,train
 # make bench SET=full takes an hour; BENCH has further options of python -m benchmarks.

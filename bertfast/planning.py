@@ -154,7 +154,12 @@ def _pools_one_row(model: nn.Module, family: Family) -> bool:
 
 def _in_one_row(model: nn.Module, family: Family, arguments: dict[str, Any], packing: Packing) -> dict[str, Any]:
     """The arguments of a flattened call as stock code takes them, with each sequence's own positions."""
-    if arguments.get("position_ids") is None and "position_ids" in parameters_of(type(model)):
+    named = parameters_of(type(model))
+    if is_legacy(family) and "token_type_ids" in named and arguments.get("token_type_ids") is None:
+        # Stock code has as many zeros as there are positions, and a row may be longer.
+        device = packing.cu_seqlens.device
+        arguments |= {"token_type_ids": torch.zeros(1, packing.tokens, dtype=torch.int64, device=device)}
+    if arguments.get("position_ids") is None and "position_ids" in named:
         positions = position_ids(model.embeddings, family, packing, arguments.get("input_ids"))
         if positions is not None:
             return arguments | {"position_ids": positions[None]}

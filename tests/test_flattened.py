@@ -240,3 +240,13 @@ def test_a_pooler_that_sees_one_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one row would mix .*: the pooler was replaced after patching"):
         patched(batch)
     assert_same(visible(patched(**call), mask), visible(stock(**call), mask))
+
+
+@pytest.mark.parametrize("name", [family.prefix + "ForTokenClassification" for family in FAMILIES.values()])
+def test_more_tokens_in_one_row_than_the_model_has_positions(name: str) -> None:
+    """A row of all tokens is longer than a sequence may be, and nobody has said its token types."""
+    stock, patched = pair(name, max_position_embeddings=20)
+    rows = torch.randint(2, 50, (5, 10))
+    ours = patched(PackedBatch.from_lists(rows.tolist())).logits[0]
+    assert_same({"logits": ours}, {"logits": stock(rows).logits.flatten(0, 1)})
+    assert ran(patched) == {"packed": 1}
