@@ -32,6 +32,7 @@ def test_results_say_where_they_are_from(records):
 
 def test_ratios_in_the_readme_are_of_enough_rounds_without_noise():
     ours = tables.tabled(read(results.SUITE), peer="bertfast", status="measured")
+    ours = [r for r in ours if r["benchmark"] != "memory"]  # which is exact
     assert ours and all(len(r["seconds"]) >= harness.LEAST_ROUNDS and not r["noise"]["noisy"] for r in ours)
 
 

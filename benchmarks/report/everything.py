@@ -33,6 +33,12 @@ def number(name: str, show: Callable[[float], str]) -> Callable[[Line], Cell]:
     return column
 
 
+def rounds(line: Line) -> Cell:
+    """How often it was timed; not at all where memory alone was measured."""
+    seconds = line.get("seconds")
+    return NOTHING if seconds is None else Cell(str(len(seconds)), len(seconds))
+
+
 EVERYTHING: dict[str, Callable[[Line], Cell]] = {
     "workload": lambda line: Cell(words.workload(line), words.workload(line)),
     "peer": text("peer"),
@@ -43,7 +49,7 @@ EVERYTHING: dict[str, Callable[[Line], Cell]] = {
     "to": number("high_s", words.duration),
     "p90": number("p90_s", words.duration),
     "p99": number("p99_s", words.duration),
-    "rounds": lambda line: Cell(str(len(line["seconds"])), len(line["seconds"])),
+    "rounds": rounds,
     "tokens/s": number("tokens_per_s", words.count),
     "sequences/s": number("sequences_per_s", words.count),
     "speed-up": number("speedup.value", words.times),
