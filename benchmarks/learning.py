@@ -35,10 +35,10 @@ from bertfast.cli.fill_mask import load_masked_lm, predict
 from bertfast.cli.tokens import load_tokenizer
 from bertfast.train.corpus import Corpus
 
-VOCABULARY, TOKENS, PROBE = 3000, 1024, 12  # PROBE: steps that tell how fast this machine is
+VOCABULARY, TOKENS, PROBE = 2000, 2048, 12  # PROBE: steps that tell how fast this machine is
 RECIPE = (
-    *("--size", "mini", "--dropout", "0", "--learning-rate", "5e-4", "--save-every", "100000"),
-    *("--masking", "token", "--max-length", "64"),
+    *("--size", "mini", "--dropout", "0", "--learning-rate", "1e-3", "--save-every", "100000"),
+    *("--masking", "token", "--max-length", "64", "--precision", "bfloat16"),
     *("--vocabulary-size", str(VOCABULARY), "--tokens-per-batch", str(TOKENS)),
 )
 # Packages that sentences are to be told apart by; how many of each to train on, and as many to be asked about.
