@@ -156,8 +156,8 @@ def test_never_all_tokens_times_the_vocabulary(monkeypatch):
     for most, rows in ((1 << 24, labelled), (20 * words, 20)):
         monkeypatch.setattr(module, "_MOST_LOGITS", most)
         with Largest() as largest:
-            *_, lse = module._run(x, labels, weight, bias)
-            module._run_backward(torch.ones(()), x, labels, weight, bias, lse)
+            *_, lse = module._forward(x, labels, weight, bias)
+            module._backward(torch.ones(()), x, labels, weight, bias, lse)
         assert rows / 2 < largest.elements / words <= rows
 
 

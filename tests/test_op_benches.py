@@ -19,8 +19,10 @@ from benchmarks.cases.attention import validity, varlen_attention
 from benchmarks.cases.candidates import Group, Timed
 from benchmarks.cases.case import BACKWARD, BOTH, FORWARD, Case
 from benchmarks.cases.embedding import embed_layer_norm
+from benchmarks.cases.feed_forward import feed_forward
 from benchmarks.cases.gelu import bias_gelu
 from benchmarks.cases.linear import projection, qkv
+from benchmarks.cases.loss import masked_lm_loss
 from benchmarks.cases.masked_attention import masked_attention
 from benchmarks.cases.norm import residual_layer_norm
 from benchmarks.cases.shapes import SHAPES, Shape
@@ -32,7 +34,7 @@ LENGTHS = (3, 1, 4)
 
 
 def test_every_op_is_benched_in_both_directions():
-    assert len(BENCHES) == 6
+    assert len(BENCHES) == 8
     found = set()
     for name in BENCHES:
         cases = list(
@@ -40,7 +42,7 @@ def test_every_op_is_benched_in_both_directions():
         )
         assert len({case.key for case in cases}) == len(cases)
         found |= {(case.op.split()[0], case.direction) for case in cases}
-    public = set(ops.__all__) - {"PackedWeights"}
+    public = {name for name in ops.__all__ if not isinstance(getattr(ops, name), type)}
     assert found == {(op, direction) for op in public for direction in (FORWARD, BACKWARD)}
 
 
@@ -68,6 +70,11 @@ def test_shapes_are_few_tokens_full_and_ragged():
         (projection(2, 3, 5, "none", "float32", "cpu", BACKWARD), 4 * 2 * 3 * 5, (20 + 30 + 6) * 4),
         (projection(2, 3, 5, "gelu", "float32", "cpu", BACKWARD), 4 * 2 * 3 * 5, (20 + 30 + 12) * 4),
         (qkv(2, 4, "bfloat16", "cpu"), 2 * 2 * 12 * 4, (8 + 48 + 24) * 2),
+        (feed_forward(2, 3, 5, "float32", FORWARD, "cpu"), 4 * 2 * 3 * 5, (12 + 30) * 4),
+        (feed_forward(2, 3, 5, "float32", BACKWARD, "cpu"), 8 * 2 * 3 * 5, (18 + 10 + 60) * 4),
+        # One of five tokens is labelled.
+        (masked_lm_loss(5, 3, "float32", FORWARD, "cpu", vocabulary=7), 2 * 7 * 3, (3 + 28) * 4),
+        (masked_lm_loss(5, 3, "float32", BACKWARD, "cpu", vocabulary=7), 4 * 7 * 3, (3 + 15 + 56) * 4),
         # Sequences of 2 and 3 tokens: 4 + 9 pairs, each 64 products in two heads of 32.
         (varlen_attention((2, 3), 2, 32, "float32", FORWARD, "cpu", "x"), 4 * 13 * 64, 4 * 5 * 64 * 4),
         (varlen_attention((2, 3), 2, 32, "float32", BACKWARD, "cpu", "x"), 10 * 13 * 64, 8 * 5 * 64 * 4),
@@ -87,6 +94,8 @@ CASES = {
     "norm": lambda direction: residual_layer_norm(5, 12, "float32", direction, "cpu"),
     "embedding": lambda direction: embed_layer_norm(5, 12, "float32", direction, "cpu"),
     "linear": lambda direction: projection(5, 12, 8, "gelu", "float32", "cpu", direction),
+    "feed_forward": lambda direction: feed_forward(5, 8, 12, "float32", direction, "cpu"),
+    "loss": lambda direction: masked_lm_loss(5, 8, "float32", direction, "cpu", vocabulary=11),
     "qkv": lambda direction: qkv(5, 8, "float32", "cpu", direction),
     "attention": lambda direction: varlen_attention(LENGTHS, 2, 8, "float32", direction, "cpu", "x"),
     "masked_attention": lambda direction: masked_attention(LENGTHS, 2, 8, "float32", direction, "cpu", "x"),

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from benchmarks.cases.attention import varlen_attention
 from benchmarks.cases.case import BACKWARD, BOTH, FORWARD, Case
 from benchmarks.cases.embedding import embed_layer_norm
+from benchmarks.cases.feed_forward import feed_forward
 from benchmarks.cases.gelu import bias_gelu
 from benchmarks.cases.linear import projection, qkv
+from benchmarks.cases.loss import masked_lm_loss
 from benchmarks.cases.masked_attention import masked_attention
 from benchmarks.cases.norm import residual_layer_norm
 from benchmarks.workloads import ragged_lengths
@@ -25,6 +27,8 @@ def small(device: str) -> list[Case]:
         qkv(37, 48, "float32", device),
         varlen_attention(short, 2, 32, "float32", BOTH, device, "ragged", dropout=True),
         masked_attention((33, 1, 64, 7), 2, 32, "float32", BOTH, device, "ragged"),
+        feed_forward(37, 48, 96, "float32", BOTH, device),
+        masked_lm_loss(37, 48, "float32", BOTH, device, vocabulary=97),
     ]
     if device == "cpu":
         return made
@@ -60,6 +64,9 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
     yield varlen_attention(ragged, 12, 64, half, BOTH, device, "64x512 40% filled", dropout=True)
     for direction in (FORWARD, BACKWARD):
         yield embed_layer_norm(MANY, 768, half, direction, device, headline=True)
+    for direction in (FORWARD, BACKWARD):
+        yield feed_forward(MANY, 768, 3072, half, direction, device, headline=True)
+        yield masked_lm_loss(MANY, 768, half, direction, device, headline=True)
     yield qkv(MANY, 768, half, device)
     yield from _other_linears(half, device)
     yield residual_layer_norm(MANY, 768, half, FORWARD, device, dropout=True)

@@ -23,7 +23,7 @@ def _prepare(pack_weights: bool, setting: Setting) -> Run:
 
 
 def _trainable(pack_weights: bool, setting: Setting) -> nn.Module:
-    return _patched(trainable_copy(setting), pack_weights, output_logits=False)
+    return _patched(trainable_copy(setting), pack_weights, output_logits=setting.head != "pretraining")
 
 
 def _peer(name: str, pack_weights: bool) -> Peer:

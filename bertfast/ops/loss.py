@@ -3,7 +3,7 @@
 Logits of all tokens would be the largest tensor of a training step by far: 500 MB for 32 sequences of 128 tokens and
 BERT's vocabulary, three times over in the backward. Here they exist for labelled tokens, some rows at a time, and the
 backward makes them anew from one number a row. The GEMMs are the library's; what is left passes over 15 % of the tokens
-and is 1 % of a training step, so there is one implementation, PyTorch's.
+and is 1 % of a training step, so there is one implementation for every backend, PyTorch's.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bertfast import backend
 from bertfast.ops import gemm, registry
 
 IGNORED = -100  # the label of a token that no word is asked for, as in transformers
@@ -90,7 +91,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _run(x, labels, weight, bias):
+def _forward(x, labels, weight, bias):
     words = weight.shape[0]
     rows = _labelled_rows(labels, words)
     lse = x.new_zeros(x.shape[0], dtype=_wide(x))
@@ -106,7 +107,7 @@ def _run(x, labels, weight, bias):
     return total, labels.new_full((), len(rows)), correct, lse
 
 
-def _run_backward(dloss, x, labels, weight, bias, lse):
+def _backward(dloss, x, labels, weight, bias, lse):
     words, wide = weight.shape[0], _wide(x)
     dx, dweight = torch.zeros_like(x), None
     dbias = x.new_zeros(0 if bias is None else words, dtype=wide)
@@ -124,6 +125,20 @@ def _run_backward(dloss, x, labels, weight, bias, lse):
         dweight = found if dweight is None else dweight.to(wide).add_(found)
     dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
     return dx, dweight, dbias.to(x.dtype)
+
+
+for _name in backend.BACKENDS:
+    backend.register("masked_lm_loss", _name, (_forward, _backward))
+
+
+def _run(x, labels, weight, bias):
+    forward, _ = backend.implementation("masked_lm_loss", x)
+    return forward(x, labels, weight, bias)
+
+
+def _run_backward(dloss, x, labels, weight, bias, lse):
+    _, backward = backend.implementation("masked_lm_loss", x)
+    return backward(dloss, x, labels, weight, bias, lse)
 
 
 def _fake(x, labels, weight, bias):
