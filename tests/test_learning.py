@@ -34,3 +34,11 @@ def test_claims_are_counted(capsys):
     claims.check(False, "two")
     assert claims.failed == 1 and capsys.readouterr().out.split() == ["yes", "one", "NO", "two"]
     assert learning.plain_words("The file's names (and a_name.txt) are Read.") == ["names", "read"]
+
+
+def test_every_other_sentence_is_shuffled():
+    rows = [learning.Held(f"one two three {i}", "package") for i in range(6)]
+    made = learning.every_other_shuffled(rows, random.Random(0))
+    assert [label for _, label in made] == ["written", "shuffled"] * 3
+    for row, (text, label) in zip(rows, made, strict=True):
+        assert (text == row.text) is (label == "written") and sorted(text.split()) == sorted(row.text.split())
