@@ -2,11 +2,10 @@
 
     python -m benchmarks.learning [--minutes M] [--output FILE]
 
-Pre-trains a small BERT on it with `bertfast pretrain`, fine-tunes that with `bertfast finetune` to tell sentences as they
-were written from those whose words were shuffled, beside the same model with random weights, and has `bertfast
-fill-mask` complete phrases. What it is
-asked about was in no text that it was trained on. Exits with 1 where it has not learned what it should have; appends
-an "environment" and a "learning" record to --output.
+Pre-trains a small BERT on it with `bertfast pretrain`, fine-tunes that with `bertfast finetune` to tell sentences as
+they were written from those whose words were shuffled, beside the same model with random weights, and has `bertfast
+fill-mask` complete phrases. What it is asked about was in no text that it was trained on. Exits with 1 where it has not
+learned what it should have; appends an "environment" and a "learning" record to --output.
 """
 
 import argparse
