@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bertfast.ops.loss import IGNORED
 from bertfast.packing import PackedBatch, Packing
 
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_IGNORED_LABEL = -100
 _BY_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
 _ANSWERS = ("start_positions", "end_positions")
 
@@ -114,7 +114,7 @@ def mixing(reason: str) -> ValueError:
 def to_rectangle(arguments: Mapping[str, Any], packing: Packing, padding_id: int, labels: bool) -> tuple[dict, Packing]:
     """The arguments of a flattened call, padded on the right, and their packing. labels: whether those are by token."""
     padded = Packing.from_lengths(packing.lengths, packing.cu_seqlens.device)
-    fill = {"input_ids": padding_id} | ({"labels": _IGNORED_LABEL} if labels else {})
+    fill = {"input_ids": padding_id} | ({"labels": IGNORED} if labels else {})
     changed = {
         name: padded.pad(arguments[name][0], fill.get(name, 0))
         for name in (*_BY_TOKEN, *fill)

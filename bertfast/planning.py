@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bertfast import flattened, word_loss
 from bertfast.architectures import Family, bind, is_legacy, parameters_of, stock_class
-from bertfast.calls import STATE, BackboneState, Frame, HeadCall, LayerState, calls, structure_of
+from bertfast.calls import STATE, BackboneState, Frame, HeadCall, HeadState, LayerState, calls, structure_of
 from bertfast.eligibility import (
     INERT,
     SDPA,
@@ -23,11 +23,11 @@ from bertfast.eligibility import (
     refuse_kind,
     traced,
 )
+from bertfast.ops.loss import IGNORED
 from bertfast.packing import Packing, has_holes
 from bertfast.positions import position_ids
 from bertfast.snapshot import take
 
-_IGNORED_LABEL = -100
 # What heads read of a batch in one row: token by token. The others are given a rectangle.
 _BY_TOKEN = ("tokens", "labels")
 
@@ -44,10 +44,8 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     arguments = bind(type(model), args, kwargs)
     packing = _take_flattened(model, state.family, arguments)
     if packing is None:
-        words = None if state.output_logits else word_loss.take(model, arguments)
-        labels = arguments.get("labels") if words is None else words.labels
-        calls.heads.append(HeadCall(model, base, labels, None, words))
-        return None if words is None else ((), arguments)
+        head = _open_head(model, base, state, arguments, None)
+        return None if head.words is None else ((), arguments)
     if STATE not in base.__dict__ or "_compiled_call_impl" in base.__dict__:
         raise flattened.mixing("the base model was replaced, wrapped or compiled after patching")
     if state.reads not in _BY_TOKEN or base.__dict__[STATE].pooled:
@@ -55,10 +53,23 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
             raise ValueError("multiple choice needs a rectangle of (batch, choices, seq_len): pad the batch")
         padding = getattr(model.config, "pad_token_id", None) or 0
         arguments, packing = flattened.to_rectangle(arguments, packing, padding, state.reads in ("labels", "all"))
+    _open_head(model, base, state, arguments, packing)
+    return (), arguments
+
+
+def _open_head(
+    model: nn.Module, base: nn.Module, state: HeadState, arguments: dict[str, Any], packing: Packing | None
+) -> HeadCall:
+    """Note down a task model's call. Labels go out of the arguments where the loss is computed here."""
     head = HeadCall(model, base, arguments.get("labels"), packing)
     head.words = None if state.output_logits else word_loss.take(model, arguments)
     calls.heads.append(head)
-    return (), arguments
+    return head
+
+
+def _head_around(base: nn.Module) -> HeadCall | None:
+    """The innermost call under way of a task model with this base model."""
+    return next((head for head in reversed(calls.heads) if head.base is base), None)
 
 
 def _take_flattened(model: nn.Module, family: Family, arguments: dict[str, Any]) -> Packing | None:
@@ -119,7 +130,7 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     frame = Frame(model, getattr(model, family.encoder_place, None))
     calls.frames.append(frame)
     arguments = bind(type(model), args, kwargs)
-    head = next((head for head in reversed(calls.heads) if head.base is model), None)
+    head = _head_around(model)
     known = _take_flattened(model, family, arguments) if head is None or head.packing is None else head.packing
     flat = known is not None and known.is_flat
     packing = _plan(frame, state, arguments, known)
@@ -172,7 +183,7 @@ def after_backbone(model: nn.Module, args: tuple, output: Any) -> Any:
     if any(frame.model is model for frame in frames):
         while frames.pop().model is not model:
             pass
-    head = next((head for head in reversed(calls.heads) if head.base is model), None)
+    head = _head_around(model)
     return None if head is None or head.words is None or output is None else head.words.select(output)
 
 
@@ -333,13 +344,13 @@ def _refuse_exact(model: nn.Module | None, state: BackboneState, mask: Tensor, p
     if state.reads in ("span", "all"):
         return Refusal("exact padding: the head reads padding positions")
     if state.reads == "labels":
-        known = [head.labels for head in calls.heads if head.base is model]
-        if not known:
+        head = None if model is None else _head_around(model)
+        if head is None:
             return Refusal("exact padding: a call past the head, whose labels are not known")
-        if (labels := known[-1]) is not None:
+        if (labels := head.labels) is not None:
             if not isinstance(labels, Tensor) or labels.numel() != mask.numel():
                 return Refusal("exact padding: labels that do not fit the mask")
-            if bool(((labels.reshape(mask.shape).to(mask.device) != _IGNORED_LABEL) & (mask == 0)).any()):
+            if bool(((labels.reshape(mask.shape).to(mask.device) != IGNORED) & (mask == 0)).any()):
                 return Refusal("exact padding: labels at padding positions")
     if (state.pooled or state.reads == "first") and not bool(mask[:, 0].all()):
         reader = "pooler" if state.pooled else "head"

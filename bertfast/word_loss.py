@@ -50,7 +50,7 @@ class WordLoss:
         """The task model's output with the loss, and without the words' scores."""
         in_tuple = isinstance(output, tuple)
         scores, *others = output if in_tuple else output.to_tuple()
-        if self.rows is None or self.decoder is None:
+        if self.rows is None:
             loss = F.cross_entropy(scores.flatten(0, 1), self.labels)
         else:
             loss = masked_lm_loss(self.rows.flatten(0, 1), self.labels, self.decoder.weight, self.decoder.bias).loss

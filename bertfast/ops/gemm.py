@@ -14,7 +14,7 @@ from torch import Tensor
 from bertfast import backend
 from bertfast.layout import adjacent
 
-_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
+linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 # From so many rows on a wide gradient of a weight is computed transposed and turned, a quarter faster in all.
 _TURNED_FROM = 768
 
@@ -30,13 +30,13 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. x: (T, K), weight: (N, K), bias: (N,). Returns (T, N)."""
     if _on_onednn(x, weight):
-        return _linear_pointwise(x, weight, bias, "none", [], "")
+        return linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def gradient_of_input(dout: Tensor, weight: Tensor) -> Tensor:
     """dout W. dout: (T, N), weight: (N, K). Returns (T, K)."""
-    return _linear_pointwise(dout, weight.t(), None, "none", [], "") if _on_onednn(dout, weight) else dout @ weight
+    return linear_pointwise(dout, weight.t(), None, "none", [], "") if _on_onednn(dout, weight) else dout @ weight
 
 
 def gradient_of_weight(dout: Tensor, x: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def gradient_of_weight(dout: Tensor, x: Tensor) -> Tensor:
     if not _on_onednn(dout, x):
         return dout.t() @ x
     if dout.shape[1] > x.shape[1] and dout.shape[0] >= _TURNED_FROM:
-        return _linear_pointwise(x.t(), dout.t(), None, "none", [], "").t().contiguous()
-    return _linear_pointwise(dout.t(), x.t(), None, "none", [], "")
+        return linear_pointwise(x.t(), dout.t(), None, "none", [], "").t().contiguous()
+    return linear_pointwise(dout.t(), x.t(), None, "none", [], "")
 
 
 def _on_onednn(a: Tensor, b: Tensor) -> bool:

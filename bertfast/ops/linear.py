@@ -26,7 +26,6 @@ _ROWS_HINT = 1024
 # that its measurements give; a card with any also needs ("triton", "cuda", "reference") for linear in
 # `backend.PREFERENCES`. No entry: never by itself.
 TRITON_FROM: dict[tuple[int, str, int, int], int] = {}
-_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PackedWeights:
@@ -178,7 +177,7 @@ def _onednn(x, weights, biases, activation, packed):
         _check(x, weights, biases)
         out = gemm.product(x, gemm.joined(weights), gemm.joined(biases))
         return out if activation == "none" else cpu_gelu_(out, algorithm)
-    return _linear_pointwise(x, *held, attribute, [], algorithm)
+    return gemm.linear_pointwise(x, *held, attribute, [], algorithm)
 
 
 def _separate(x, weights, biases):
@@ -198,11 +197,7 @@ def _separate(x, weights, biases):
 def _library(x, weights, biases, activation, packed):
     """The GEMM of PyTorch's library (cuBLAS on a GPU), then the activation in the implementation that is chosen."""
     weight = adjacent(weights)
-    if weight is None:
-        out = _separate(x, weights, biases)
-    else:
-        bias = None if not biases else adjacent(biases)
-        out = F.linear(x, weight, torch.cat(list(biases)) if biases and bias is None else bias)
+    out = _separate(x, weights, biases) if weight is None else F.linear(x, weight, gemm.joined(biases))
     if activation == "none":
         return out
     forward, _ = backend.implementation("bias_gelu", out)

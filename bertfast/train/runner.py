@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bertfast.errors import UnsupportedModelError
+from bertfast.ops.loss import IGNORED
 from bertfast.packing import PackedBatch
 from bertfast.patching import explain, patch, unpatch
 from bertfast.train.features import Feature
 
 PRECISIONS = ("float32", "bfloat16")
-_IGNORED_LABEL = -100
 _ANSWERS = ("start_positions", "end_positions")
 
 
@@ -120,7 +120,7 @@ class Runner:
         if types is not None:
             batch["token_type_ids"] = rectangle(types, 0)
         if labels is not None and self.labels == "token":
-            batch["labels"] = rectangle(labels, _IGNORED_LABEL)
+            batch["labels"] = rectangle(labels, IGNORED)
         elif labels is not None:
             batch["labels"] = torch.tensor(labels, device=self.device)
         return batch
