@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 40
 
 
-def save_tokenizer(directory: Path) -> int:
-    """A WordPiece tokenizer, lower-casing, of WORDS and letters. Returns the size of its vocabulary."""
-    tokens = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+def save_tokenizer(
+    directory: Path,
+    words: Sequence[str] = (*WORDS, *LETTERS),
+    columns: Sequence[str] = ("input_ids", "token_type_ids", "attention_mask"),
+) -> int:
+    """A WordPiece tokenizer, lower-casing, of words and letters that go on. Returns the size of its vocabulary."""
+    tokens = [*SPECIAL, *words, *(f"##{letter}" for letter in LETTERS)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
@@ -28,9 +33,8 @@ def save_tokenizer(directory: Path) -> int:
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     )
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    columns = ["input_ids", "token_type_ids", "attention_mask"]
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=POSITIONS, model_input_names=columns, **names
+        tokenizer_object=tokenizer, model_max_length=POSITIONS, model_input_names=list(columns), **names
     ).save_pretrained(directory)
     return len(vocabulary)
 

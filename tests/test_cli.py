@@ -17,9 +17,10 @@ from bertfast import native, seams
 from bertfast.cli import COMMANDS, main
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
 import stock_models  # noqa: E402
+from task_checkpoints import save_tokenizer  # noqa: E402
 
 WORDS = [
     *"abcdefghijklmnopqrstuvwxyz.,!?",
@@ -36,26 +37,10 @@ WORDS = [
     "call",
     "used",
 ]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+COLUMNS = ("input_ids", "token_type_ids")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def save_tokenizer(directory):
-    tokens = [*SPECIAL, *WORDS, *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=40, model_input_names=["input_ids", "token_type_ids"], **names
-    ).save_pretrained(directory)
-    return len(vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +54,7 @@ def checkpoint(tmp_path_factory):
             directory = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
             sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-            sizes |= {"vocab_size": save_tokenizer(directory), "max_position_embeddings": 40}
+            sizes |= {"vocab_size": save_tokenizer(directory, WORDS, COLUMNS), "max_position_embeddings": 40}
             if name in stock_models.CLASSES:
                 config = stock_models.config_of(name, **sizes, **settings)
             else:
@@ -423,7 +408,7 @@ def test_a_hub_id_offline(capsys, lines, tmp_path, monkeypatch):
 
 
 def test_models_that_patch_does_not_know(capsys, checkpoint, tmp_path):
-    save_tokenizer(tmp_path)
+    save_tokenizer(tmp_path, WORDS, COLUMNS)
     config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=40)
     transformers.GPT2Model(config).save_pretrained(tmp_path)
     for command in ("check", "bench"):
