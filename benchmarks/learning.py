@@ -232,7 +232,7 @@ def plain_words(sentence: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Train, ask, print; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="of pre-training (default: 7)")
+    parser.add_argument("--minutes", type=float, default=8.3, metavar="M", help="of pre-training (default: 8.3)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines to append to")
     options = parser.parse_args(arguments)
     claims, began = Claims(), time.perf_counter()
