@@ -28,7 +28,14 @@ X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
-KERNELS = ("attention", "embedding", "gelu", "norm")
+KERNELS = ("attention", "embedding", "gelu", "norm", "operand")
+# What gains from instructions for bfloat16 and int8 has objects for processors with those, too.
+X86_PRODUCT_ISAS = {
+    "avx512_vnni": [*X86_ISAS["avx512"], "-mavx512vnni"],
+    "avx512_bf16": [*X86_ISAS["avx512"], "-mavx512vnni", "-mavx512bf16"],
+}
+PRODUCTS = ("gemm",)
+PLAIN = ("dispatch", "encoder", "parallel", "weights")  # compiled once, for any processor
 # No -ffast-math: NaN, infinities and the order of sums are part of the results.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"]
 
@@ -74,13 +81,16 @@ def cpu() -> tuple[list[Object], list[str]]:
     if sys.platform == "win32":
         raise Unavailable("the CPU kernels are written for GCC and Clang")
     compile_ = [*cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    isas = {**(X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {}), "baseline": []}
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    isas = {**(X86_ISAS if x86 else {}), "baseline": []}
+    product_isas = {**isas, **(X86_PRODUCT_ISAS if x86 else {})}
     objects = [
         Object(f"{kernel}.{isa}", CSRC / "cpu" / f"{kernel}.cpp", [*compile_, *flags, f"-DBERTFAST_ISA={isa}"])
-        for kernel in KERNELS
-        for isa, flags in isas.items()
+        for kernels, theirs in ((KERNELS, isas), (PRODUCTS, product_isas))
+        for kernel in kernels
+        for isa, flags in theirs.items()
     ]
-    objects += [Object(name, CSRC / "cpu" / f"{name}.cpp", compile_) for name in ("dispatch", "parallel")]
+    objects += [Object(name, CSRC / "cpu" / f"{name}.cpp", compile_) for name in PLAIN]
     objects.append(Object("cpu_bindings", CSRC / "cpu_bindings.cpp", [*compile_, *python_includes()]))
     return objects, link_command()
 

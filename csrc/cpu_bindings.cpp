@@ -6,15 +6,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "bindings.h"
 #include "cpu/dispatch.h"
+#include "cpu/encoder.h"
 #include "cpu/fingerprint.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/weights.h"
 #include "guard.h"
 
 namespace py = pybind11;
@@ -95,6 +99,53 @@ void attention_bwd(int dtype, Pointer dout, Pointer qkv, int64_t token_stride, i
     varlen_attention_bwd({forward, dout, dqkv}, threads);
 }
 
+Operand operand_of(int operand) {
+    if (operand < 0 || operand > 2) throw std::invalid_argument("operand must be 0 (float32), 1 (bfloat16) or 2 (int8)");
+    return static_cast<Operand>(operand);
+}
+
+Activation activation_of(int activation) {
+    if (activation < 0 || activation > 2)
+        throw std::invalid_argument("activation must be 0 (none), 1 (GELU) or 2 (its tanh form)");
+    return static_cast<Activation>(activation);
+}
+
+void gemm(int dtype, int operand, Pointer x, int64_t x_stride, Pointer x_scale, Pointer x_zero, Pointer weight,
+          Pointer weight_scale, Pointer weight_sums, Pointer bias, int activation, Pointer residual,
+          int64_t residual_stride, Pointer out, int64_t out_stride, int64_t rows, int64_t cols, int64_t depth,
+          int threads) {
+    gemm_fwd({{operand_of(operand), x, x_stride, x_scale, x_zero}, weight, weight_scale, weight_sums, bias,
+              activation_of(activation), residual, residual_stride, dtype_of(dtype), out, out_stride, rows, cols, depth},
+             threads);
+}
+
+void operand(int dtype, Pointer x, int64_t x_stride, Pointer weight, Pointer bias, float eps, int out_dtype, Pointer out,
+             int64_t out_stride, int operand, Pointer rows_out, int64_t rows_stride, Pointer scale, Pointer zero,
+             int64_t rows, int64_t cols, int threads) {
+    operand_fwd({dtype_of(dtype), x, x_stride, weight, bias, eps, dtype_of(out_dtype), out, out_stride,
+                 {operand_of(operand), rows_out, rows_stride, scale, zero}, rows, cols},
+                threads);
+}
+
+void add_layer(Encoder& encoder, int dtype, const std::array<Pointer, 16>& parameters,
+               const std::array<int, 4>& operands, float scale, int threads) {
+    Encoder::Parameters addresses;
+    for (size_t i = 0; i < addresses.size(); ++i) addresses[i] = parameters[i];
+    std::array<Operand, 4> kinds;
+    for (size_t i = 0; i < kinds.size(); ++i) kinds[i] = operand_of(operands[i]);
+    encoder.add_layer(dtype_of(dtype), addresses, kinds, scale, threads);
+}
+
+void run_encoder(const Encoder& encoder, int dtype, Pointer x, Pointer out, Pointer cu_seqlens, int64_t tokens,
+                 int64_t sequences, int threads) {
+    encoder.run(dtype_of(dtype), x, out, cu_seqlens, tokens, sequences, threads);
+}
+
+void pack(int dtype, int operand, Pointer weight, int64_t first, int64_t rows, int64_t depth, Pointer packed,
+          Pointer scale, Pointer sums, int threads) {
+    pack_weights(operand_of(operand), dtype_of(dtype), weight, first, rows, depth, packed, scale, sums, threads);
+}
+
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "CPU kernels of bertfast: addresses and sizes in, results in place.";
     using unlocked = py::call_guard<py::gil_scoped_release>;
@@ -106,6 +157,20 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("bias_gelu_bwd", gelu_bwd, unlocked());
     module.def("varlen_attention_fwd", attention_fwd, unlocked());
     module.def("varlen_attention_bwd", attention_bwd, unlocked());
+    module.def("gemm_fwd", gemm, unlocked());
+    module.def("operand_fwd", operand, unlocked());
+    module.def("pack_weights", pack, unlocked());
+    module.def("packed_bytes", [](int operand, int64_t cols, int64_t depth) {
+        return packed_bytes(operand_of(operand), cols, depth);
+    });
+    py::class_<Encoder>(module, "Encoder")
+        .def(py::init([](int64_t hidden, int64_t inner, int64_t heads, float eps, int activation) {
+            return std::make_unique<Encoder>(hidden, inner, heads, eps, activation_of(activation));
+        }))
+        .def("add_layer", add_layer, unlocked())
+        .def("run", run_encoder, unlocked())
+        .def("bytes", &Encoder::bytes)
+        .def("workspace_bytes", &Encoder::workspace_bytes);
     py::class_<Facts>(module, "Facts").def(py::init<const py::list&>()).def("hold", &Facts::hold);
     py::class_<Fingerprint>(module, "Fingerprint")
         .def(py::init<Fingerprint::Tensors>())

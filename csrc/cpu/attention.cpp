@@ -203,7 +203,9 @@ void forward_item(const VarlenAttention& a, const Item& item) {
 
     const Rows<const T> q_rows = input_rows<T>(a, item, 0), k_rows = input_rows<T>(a, item, 1),
                         v_rows = input_rows<T>(a, item, 2);
-    const Rows<T> o_rows = dense_rows(static_cast<T*>(a.out), a, item);
+    Rows<T> o_rows = dense_rows(static_cast<T*>(a.out), a, item);
+    if (a.out_stride)
+        o_rows = {static_cast<T*>(a.out) + item.start * a.out_stride + item.head * size, a.out_stride};
     prefetch(k_rows, 0, length, size);
     prefetch(v_rows, 0, length, size);
     const MatrixB kt = pack_transposed(k_rows[0], k_rows.stride, length, size, a.scale * log2e, k_transposed);

@@ -103,6 +103,7 @@ struct VarlenAttention {
     int64_t tokens, sequences, heads, head_size;
     float scale;
     Dropout dropout;                                           // of element (sequence, head, query, key)
+    int64_t out_stride = 0;                                    // elements from token to token of out; 0: dense
 };
 void varlen_attention_fwd(const VarlenAttention&, int threads);
 
@@ -112,5 +113,59 @@ struct VarlenAttentionBackward {
     void* dqkv;                                                // [tokens, 3, heads, head_size], dense
 };
 void varlen_attention_bwd(const VarlenAttentionBackward&, int threads);
+
+// What a GEMM multiplies, and in what it adds up: float32; bfloat16 in float32; or, in int32, unsigned bytes of x
+// with signed bytes of the weight. Four bytes of either, 1, 2 or 4 elements along the depth, are a word.
+enum class Operand : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+constexpr int64_t elements_in_word(Operand operand) { return int64_t{1} << static_cast<int>(operand); }
+constexpr int64_t words_for(Operand operand, int64_t depth) {
+    return (depth + elements_in_word(operand) - 1) / elements_in_word(operand);
+}
+
+enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2 };
+
+// Rows that a GEMM multiplies, as operand_fwd writes them: [rows, depth], each row of whole words, filled up with
+// zeros. Of int8, element u stands for scale (u - zero), with a scale and a zero of its row's own; a row with
+// anything that is not finite has the scale NaN.
+struct OperandRows {
+    Operand operand;
+    void* data;
+    int64_t stride;                                            // bytes from row to row, a multiple of 4
+    float* scale;                                              // [rows], int8 only
+    int32_t* zero;                                             // [rows], int8 only
+};
+
+// out = activation(x W^T + bias) + residual, with weights packed by pack_weights (weights.h). An element's sum
+// runs over the depth in one order, whatever the number of rows or threads.
+struct Gemm {
+    OperandRows x;                                             // [rows, depth]
+    const void* weight;                                        // [cols, depth], packed
+    const float* weight_scale;                                 // [cols], int8 only
+    const int32_t* weight_sums;                                // [cols], int8 only: of each row of W
+    const float* bias;                                         // [cols] or null
+    Activation activation;
+    const float* residual;                                     // [rows, cols] or null; may be out
+    int64_t residual_stride;                                   // elements
+    DType out_dtype;
+    void* out;                                                 // [rows, cols]
+    int64_t out_stride;                                        // elements
+    int64_t rows, cols, depth;
+};
+void gemm_fwd(const Gemm&, int threads);
+
+// The next GEMM's rows from these; with `norm`, from LayerNorm of these, which is also written to `out`.
+struct OperandOf {
+    DType dtype;
+    const void* x;                                             // [rows, cols]
+    int64_t x_stride;                                          // elements
+    const float *weight, *bias;                                // [cols]: LayerNorm's, or null: no norm
+    float eps;
+    DType out_dtype;
+    void* out;                                                 // [rows, cols] or null; may be x
+    int64_t out_stride;                                        // elements
+    OperandRows rows_out;                                      // data may be null: not wanted
+    int64_t rows, cols;
+};
+void operand_fwd(const OperandOf&, int threads);
 
 }  // namespace bertfast
