@@ -20,6 +20,7 @@ from bertfast.eligibility import (
 from bertfast.guard import Guard
 from bertfast.layer import LayerPacks
 from bertfast.packing import Packing
+from bertfast.runtime.encoder import NativeEncoder
 
 STATE = "_bertfast"  # the only attribute that patching adds to a module
 
@@ -33,6 +34,7 @@ class Snapshot(NamedTuple):
     layers: Mapping[nn.Module, LayerReading]
     embeddings: nn.Module
     embedding_reading: EmbeddingReading
+    native: NativeEncoder
 
     def is_of(self, encoder: nn.Module, config: Any) -> bool:
         """Whether it was taken of these."""
@@ -48,13 +50,14 @@ class Snapshot(NamedTuple):
 class BackboneState:
     """What patching keeps on a base model, its encoder and its embeddings: options and counts of calls.
 
-    pooled: whether the model has a pooler. reads: what the task model's head around it reads at padding positions.
+    compute: what the GEMMs of inference on the CPU multiply, where that is not what the weights are. pooled: whether the model has a pooler. reads: what the task model's head around it reads at padding positions.
     Copies and pickles keep the options and start counting anew.
     """
 
     family: Family
     padding: str = "exact"
     pack_weights: bool = True
+    compute: str | None = None
     pooled: bool = False
     reads: Reads | None = None
     handles: list = field(default_factory=list)
@@ -122,7 +125,7 @@ class HeadCall:
 class Frame:
     """One call of a base model, or of an encoder alone. packing is None where the call runs on the rectangle."""
 
-    __slots__ = ("encoder", "fused", "model", "packing", "reasons", "rectangle", "snapshot")
+    __slots__ = ("encoder", "fused", "model", "native", "packing", "reasons", "rectangle", "snapshot")
 
     def __init__(self, model: nn.Module | None, encoder: nn.Module) -> None:
         self.model = model
@@ -131,6 +134,7 @@ class Frame:
         self.rectangle: str | None = None  # why the call is not packed
         self.reasons: set[str] = set()  # why parts of the call ran stock code
         self.fused = False
+        self.native = False  # whether the layers ran in one native call
         self.snapshot: Snapshot | None = None  # of the base model, where it holds
 
 
@@ -164,5 +168,6 @@ def count(state: BackboneState, frame: Frame) -> None:
     """Add a call that has come through its encoder to the counts. A call is stock if no layer ran the fused ops."""
     kind = "stock" if not frame.fused else "rectangle" if frame.packing is None else "packed"
     state.calls[kind] += 1
+    state.calls["native"] += frame.native
     for reason in frame.reasons if frame.rectangle is None else {frame.rectangle, *frame.reasons}:
         state.reasons[reason] += 1

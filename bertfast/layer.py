@@ -54,9 +54,9 @@ class LayerPacks(NamedTuple):
     down: PackedWeights | None = None
 
     @classmethod
-    def empty(cls) -> "LayerPacks":
-        """Four places with nothing packed yet."""
-        return cls(PackedWeights(), PackedWeights(), PackedWeights(), PackedWeights())
+    def empty(cls, operand: str | None = None) -> "LayerPacks":
+        """Four places with nothing packed yet. operand: what the GEMMs multiply, as of `PackedWeights`."""
+        return cls(*(PackedWeights(operand) for _ in range(4)))
 
     def clear(self) -> None:
         """Forget the copies; the next inference call makes new ones."""

@@ -1,5 +1,6 @@
 """The machine and the software in hand: what a measurement has to say about where it was taken."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -44,6 +45,17 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, bool] | Non
     """Which of CPU_FEATURES the processor has; None where the system does not say (anything but Linux on x86)."""
     flags = _cpuinfo(cpuinfo).get("flags")
     return None if flags is None else {name: name in flags.split() for name in CPU_FEATURES}
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 (Intel, from Sapphire Rapids on)."""
+    return bool((cpu_features() or {}).get("amx_bf16"))
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor, on the instruction set in use, multiplies bfloat16."""
+    return has_amx() or (native.cpu is not None and native.cpu.isa() == "avx512_bf16")
 
 
 def _cpuinfo(path: Path) -> dict[str, str]:

@@ -422,6 +422,54 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), 
     return bias_gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, scale, zero) with x = scale (u - zero) but for rounding, each row by itself. x: (T, K), taken as float32.
+
+    scale = (max - min) / 255 over a row's values and 0, zero = round(-min / scale), u = round(x / scale) + zero, ties
+    to even: (T, K) uint8, (T,) float32, (T,) int32, computed in float32. The scale is 0 for a row of zeros, or of
+    values so small that 1 / scale overflows, and NaN where anything is not finite; both have u = zero = 0.
+    """
+    rows = x.float()
+    high, low = rows.amax(-1).clamp(min=0), rows.amin(-1).clamp(max=0)
+    scale = high / 255 - low / 255  # the difference of finite values may overflow
+    scale, inverse = _usable(scale, 1 / scale, rows)
+    zero = torch.round(-low.where(inverse > 0, 0) * inverse)
+    u = torch.round(rows.where(inverse[:, None] > 0, 0) * inverse[:, None]) + zero[:, None]
+    return u.clamp(0, 255).to(torch.uint8), scale, zero.int()
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, scale) with weight = scale q but for rounding, each row by itself. weight: (N, K), taken as float32.
+
+    scale = max |w| / 127 over a row, q = round(w (127 / max |w|)), ties to even: (N, K) int8, (N,) float32, computed in
+    float32. Rows of next to nothing and what is not finite are as in `quantise_rows`.
+    """
+    rows = weight.float()
+    largest = rows.abs().amax(-1)
+    scale, inverse = _usable(largest / 127, 127 / largest, rows)
+    q = torch.round(rows.where(inverse[:, None] > 0, 0) * inverse[:, None])
+    return q.clamp(-127, 127).to(torch.int8), scale
+
+
+def _usable(scale: Tensor, inverse: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's scale and its inverse: (0, 0) where that overflows, (NaN, 0) where the row is not finite."""
+    finite = rows.isfinite().all(-1)
+    usable = finite & inverse.isfinite()
+    return scale.where(usable, torch.where(finite, 0.0, math.nan)), inverse.where(usable, 0)
+
+
+def quantised_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with x and W quantised, and nothing rounded after that. x: (T, K); W: (N, K). Returns (T, N) float64.
+
+    sum_k scale_t (u_tk - zero_t) scale_n q_nk = scale_t scale_n (sum_k u_tk q_nk - zero_t sum_k q_nk), in integers.
+    """
+    u, scale, zero = quantise_rows(x)
+    q, weight_scale = quantise_weight(weight)
+    sums = (u.double() - zero[:, None].double()) @ q.double().t()
+    y = sums * scale[:, None].double() * weight_scale.double()
+    return y if bias is None else y + bias.double()
+
+
 def masked_lm_loss(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """- sum over labelled rows t of log softmax(x_t W^T + b)[label_t]; rows with the label -100 have no part in it.
 

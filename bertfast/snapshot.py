@@ -7,6 +7,7 @@ from torch import nn
 from bertfast.calls import STATE, BackboneState, Snapshot
 from bertfast.eligibility import HOOKS, EmbeddingReading, LayerReading
 from bertfast.guard import Guard
+from bertfast.runtime.encoder import NativeEncoder, NativeLayer
 
 
 def take(state: BackboneState, encoder: nn.Module, config: Any) -> Snapshot | None:
@@ -40,7 +41,10 @@ def take(state: BackboneState, encoder: nn.Module, config: Any) -> Snapshot | No
     if not readings or type(reading) is not EmbeddingReading:
         return None
     embeddings.watch(guard)
-    return Snapshot(guard, encoder, config, readings, embeddings.owner, reading) if guard.holds() else None
+    if not guard.holds():
+        return None
+    native = NativeEncoder([NativeLayer(*r, layer.__dict__[STATE].packs) for layer, r in readings.items()])
+    return Snapshot(guard, encoder, config, readings, embeddings.owner, reading, native)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -11,6 +11,9 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "cpu/dispatch.h"
@@ -127,13 +130,20 @@ void operand(int dtype, Pointer x, int64_t x_stride, Pointer weight, Pointer bia
                 threads);
 }
 
-void add_layer(Encoder& encoder, int dtype, const std::array<Pointer, 16>& parameters,
-               const std::array<int, 4>& operands, float scale, int threads) {
-    Encoder::Parameters addresses;
-    for (size_t i = 0; i < addresses.size(); ++i) addresses[i] = parameters[i];
-    std::array<Operand, 4> kinds;
-    for (size_t i = 0; i < kinds.size(); ++i) kinds[i] = operand_of(operands[i]);
-    encoder.add_layer(dtype_of(dtype), addresses, kinds, scale, threads);
+// A GEMM's operand, weight, scale, sums and bias; a layer's four of them, its norms' parameters and attention's scale.
+using Linear = std::tuple<int, Pointer, Pointer, Pointer, Pointer>;
+using Layer = std::tuple<std::array<Linear, 4>, std::array<Pointer, 4>, float>;
+
+std::unique_ptr<Encoder> make_encoder(int64_t hidden, int64_t inner, int64_t heads, float eps, int activation,
+                                      const std::vector<Layer>& layers) {
+    const auto linear = [](const Linear& l) -> PackedLinear {
+        return {operand_of(std::get<0>(l)), std::get<1>(l), std::get<2>(l), std::get<3>(l), std::get<4>(l)};
+    };
+    std::vector<EncoderLayer> native;
+    for (const auto& [linears, norms, scale] : layers)
+        native.push_back({linear(linears[0]), linear(linears[1]), linear(linears[2]), linear(linears[3]),
+                          {norms[0], norms[1], norms[2], norms[3]}, scale});
+    return std::make_unique<Encoder>(hidden, inner, heads, eps, activation_of(activation), std::move(native));
 }
 
 void run_encoder(const Encoder& encoder, int dtype, Pointer x, Pointer out, Pointer cu_seqlens, int64_t tokens,
@@ -164,12 +174,8 @@ PYBIND11_MODULE(_cpu, module) {
         return packed_bytes(operand_of(operand), cols, depth);
     });
     py::class_<Encoder>(module, "Encoder")
-        .def(py::init([](int64_t hidden, int64_t inner, int64_t heads, float eps, int activation) {
-            return std::make_unique<Encoder>(hidden, inner, heads, eps, activation_of(activation));
-        }))
-        .def("add_layer", add_layer, unlocked())
+        .def(py::init(&make_encoder))
         .def("run", run_encoder, unlocked())
-        .def("bytes", &Encoder::bytes)
         .def("workspace_bytes", &Encoder::workspace_bytes);
     py::class_<Facts>(module, "Facts").def(py::init<const py::list&>()).def("hold", &Facts::hold);
     py::class_<Fingerprint>(module, "Fingerprint")

@@ -105,7 +105,7 @@ def test_a_changed_weight_is_packed_anew(change):
             return linear(x, module.weight, module.bias, packed=packed)
 
     first = ours()
-    assert packed.nbytes == module.weight.numel() * 4
+    assert packed.nbytes >= module.weight.numel() * 4
     with torch.enable_grad():
         change(module)
     second = ours()

@@ -4,9 +4,10 @@ from bertfast.ops.attention import masked_attention, varlen_attention
 from bertfast.ops.embedding import embed_layer_norm
 from bertfast.ops.feed_forward import feed_forward
 from bertfast.ops.gelu import bias_gelu
-from bertfast.ops.linear import PackedWeights, linear
+from bertfast.ops.linear import linear
 from bertfast.ops.loss import MaskedLMLoss, masked_lm_loss
 from bertfast.ops.norm import residual_layer_norm
+from bertfast.ops.packed import PackedWeights
 
 __all__ = [
     "MaskedLMLoss",

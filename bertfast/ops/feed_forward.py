@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bertfast.ops import gemm, registry
 from bertfast.ops.gelu import bias_gelu, gelu_again
-from bertfast.ops.linear import ACTIVATIONS, PackedWeights, linear
+from bertfast.ops.linear import ACTIVATIONS, linear
+from bertfast.ops.packed import PackedWeights
 
 
 def feed_forward(
@@ -51,7 +52,7 @@ def feed_forward(
         down_packed.clear()  # as `linear` does in training
     bias, weight = up_bias.to(up.dtype), down_weight.to(up.dtype)
     registry.check_like(up, up_bias=(bias, up.shape[1:]), down_weight=(weight, (weight.shape[0], up.shape[1])))
-    return _op(up, bias, weight, ACTIVATIONS[activation][1])
+    return _op(up, bias, weight, ACTIVATIONS[activation])
 
 
 def _run(x, bias, weight, approximate):

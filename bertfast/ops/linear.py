@@ -1,4 +1,4 @@
-"""linear: activation(x W^T + b), the GEMM: oneDNN's with packed weights on a CPU, cuBLAS's or Triton's on a GPU.
+"""linear: activation(x W^T + b), the GEMM: our own with packed weights on a CPU, cuBLAS's or Triton's on a GPU.
 
 Triton's writes the activated output at once, which saves writing, reading and writing it again. Whether that is worth
 more than what cuBLAS's GEMM is faster by depends on the card and the shape, so it is chosen only where `TRITON_FROM`
@@ -7,108 +7,24 @@ says so, from a measurement: see benchmarks/gpu.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast import backend, native
+from bertfast import backend
 from bertfast.layout import adjacent
 from bertfast.ops import gemm, registry
 from bertfast.ops.gelu import bias_gelu, cpu_gelu_
+from bertfast.ops.packed import PackedWeights, check
 
-ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
-# The layout that oneDNN packs weights in hardly depends on the number of rows it is told: within 3 % at 16 to 4096.
-_ROWS_HINT = 1024
+# The activations, and the form of GELU that each is.
+ACTIVATIONS = {"none": "", "gelu": "none", "gelu_tanh": "tanh"}
 # From how many rows on Triton's GEMM with its activation beats cuBLAS's GEMM and bias_gelu, by (major compute
 # capability, activation, out_features, in_features), in half precision. `python -m benchmarks.gpu` prints the lines
 # that its measurements give; a card with any also needs ("triton", "cuda", "reference") for linear in
 # `backend.PREFERENCES`. No entry: never by itself.
 TRITON_FROM: dict[tuple[int, str, int, int], int] = {}
-
-
-class PackedWeights:
-    """The place where `linear` keeps the oneDNN-packed copy of its weights between calls.
-
-    The copy is made at the first inference call and made anew when the weights have changed. Every call compares each
-    parameter's address, dtype, shape and autograd version, and a hash of 16 words spread over its values: fused
-    optimisers and writes through `parameter.data` leave the version as it was. Only such a write that also misses all
-    16 words (to a few rows, say) goes unnoticed, and has to be followed by `clear()`. A call that needs gradients
-    drops the copy, so that training does not pay for it.
-
-    Copies and pickles of the object are empty.
-    """
-
-    def __init__(self) -> None:
-        self._copy: _Copy | None = None
-
-    def get(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """(packed weight, bias) of the concatenated weights for inputs like x, or None where they cannot be packed.
-
-        Raises as `linear` does where x and the weights do not fit.
-        """
-        tensors = (*weights, *biases)
-        copy = self._copy
-        try:
-            if copy is not None and copy.is_of(tensors) and copy.fits(x):
-                return copy.packed
-            _check(x, weights, biases)
-            state = _state(tensors)
-        except RuntimeError:  # inference tensors have no version to tell a change by
-            state = None
-        if state is None or not all(t.is_contiguous() for t in tensors):
-            self._copy = None
-            return None
-        weight = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
-        bias = None if not biases else biases[0].detach() if len(biases) == 1 else torch.cat(list(biases)).detach()
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT), bias
-        # Taken after the copy: a write that falls between the two is noticed at the next call.
-        sample = native.cpu.Fingerprint([(t.data_ptr(), t.nbytes) for t in tensors])
-        self._copy = _Copy(packed, x.dtype, x.shape[1], state, sample)
-        return packed
-
-    def clear(self) -> None:
-        """Forget the copy; the next inference call makes a new one."""
-        self._copy = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the copy holds (without oneDNN's own padding)."""
-        if self._copy is None:
-            return 0
-        weight, _ = self._copy.packed
-        return weight.numel() * weight.element_size()
-
-    def __deepcopy__(self, memo: dict) -> "PackedWeights":
-        return PackedWeights()
-
-    def __reduce__(self) -> tuple:
-        return PackedWeights, ()
-
-
-class _Copy(NamedTuple):
-    """A packed copy, and how the tensors that it was made of were then."""
-
-    packed: tuple[Tensor, Tensor | None]
-    dtype: torch.dtype
-    in_features: int
-    state: list[tuple]
-    sample: Any
-
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors, with the values that they had."""
-        return _state(tensors) == self.state and self.sample.matches()
-
-    def fits(self, x: Tensor) -> bool:
-        return x.dtype is self.dtype and x.dim() == 2 and x.shape[1] == self.in_features
-
-
-def _state(tensors: Sequence[Tensor]) -> list[tuple]:
-    """What changes when the tensors do, apart from their values."""
-    return [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def linear(
@@ -125,7 +41,7 @@ def linear(
         x: (tokens, in_features).
         weight: (out_features, in_features) of x's dtype, or a sequence of such (query, key and value, say).
         bias: (out_features,), a sequence of as many as there are weights, or None.
-        activation: "none", "gelu" (erf) or "gelu_tanh"; fused into the GEMM where oneDNN does it.
+        activation: "none", "gelu" (erf) or "gelu_tanh"; fused into the GEMM on packed weights.
         packed: where to keep a packed copy of the weights between inference calls on the CPU; None keeps none.
 
     Returns (tokens, sum of out_features) in x's dtype; under autocast everything is converted to its dtype first, as
@@ -145,39 +61,27 @@ def linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if registry.seen(x, *weights, *biases):
-        _check(x, weights, biases)
+        check(x, weights, biases)
         if packed is not None and not torch.compiler.is_compiling():
             packed.clear()
         if activation == "none":
             return _op(x, list(weights), list(biases), "none")
         # Kept apart here because the activation's backward wants what goes into it.
         bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-        return bias_gelu(_op(x, list(weights), [], "none"), bias, approximate=ACTIVATIONS[activation][1])
+        return bias_gelu(_op(x, list(weights), [], "none"), bias, approximate=ACTIVATIONS[activation])
     run = backend.implementation("linear", x, _shape(x, weights, activation))
-    if run is not _onednn:  # which checks what its copy was not made of
-        _check(x, weights, biases)
+    if run is not _cpu:  # which checks what its copy was not made of
+        check(x, weights, biases)
     return run(x, weights, biases, activation, packed)
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    registry.check_axes("x", x, "tokens", "in_features")
-    if not weights or (biases and len(biases) != len(weights)):
-        raise ValueError(f"{len(weights)} weights and {len(biases)} biases: give one bias for each weight, or none")
-    for i, weight in enumerate(weights):
-        registry.check_axes("weight", weight, "out_features", "in_features")
-        registry.check_like(x, weight=(weight, (weight.shape[0], x.shape[1])))
-        if biases:
-            registry.check_like(x, bias=(biases[i], weight.shape[:1]))
-
-
-def _onednn(x, weights, biases, activation, packed):
+def _cpu(x, weights, biases, activation, packed):
     held = packed.get(x, weights, biases) if packed is not None and x.numel() else None
-    attribute, algorithm = ACTIVATIONS[activation]
-    if held is None:
-        _check(x, weights, biases)
-        out = gemm.product(x, gemm.joined(weights), gemm.joined(biases))
-        return out if activation == "none" else cpu_gelu_(out, algorithm)
-    return gemm.linear_pointwise(x, *held, attribute, [], algorithm)
+    if held is not None:
+        return held.linear(x, activation)
+    check(x, weights, biases)
+    out = gemm.product(x, gemm.joined(weights), gemm.joined(biases))
+    return out if activation == "none" else cpu_gelu_(out, ACTIVATIONS[activation])
 
 
 def _separate(x, weights, biases):
@@ -201,7 +105,7 @@ def _library(x, weights, biases, activation, packed):
     if activation == "none":
         return out
     forward, _ = backend.implementation("bias_gelu", out)
-    return forward(out, None, ACTIVATIONS[activation][1])
+    return forward(out, None, ACTIVATIONS[activation])
 
 
 def _shape(x: Tensor, weights: Sequence[Tensor], activation: str) -> tuple[int, str, int, int, int] | None:
@@ -230,7 +134,7 @@ def _refuse_triton(dtype: torch.dtype, shape: tuple[int, str, int, int, int]) ->
 
 backend.register("linear", "cuda", _library)
 backend.register("linear", "triton", backend.Later("bertfast.kernels.linear", "linear_fwd"), _refuse_triton)
-backend.register("linear", "cpu", _onednn)
+backend.register("linear", "cpu", _cpu)
 backend.register("linear", "reference", _library)
 
 

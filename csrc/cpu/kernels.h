@@ -125,8 +125,8 @@ constexpr int64_t words_for(Operand operand, int64_t depth) {
 enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2 };
 
 // Rows that a GEMM multiplies, as operand_fwd writes them: [rows, depth], each row of whole words, filled up with
-// zeros. Of int8, element u stands for scale (u - zero), with a scale and a zero of its row's own; a row with
-// anything that is not finite has the scale NaN.
+// zeros. Of int8, element u stands for scale (u - zero), with a scale and a zero of its row's own, as in
+// reference.quantise_rows; a row with anything that is not finite has the scale NaN.
 struct OperandRows {
     Operand operand;
     void* data;

@@ -1,5 +1,6 @@
 // operand: the rows that the next GEMM multiplies, rounded to bfloat16 or quantised where that is what it takes, in the
 // pass that computes LayerNorm where there is one. A row stays in the first-level cache for all of its passes.
+#include <cfloat>
 #include <cmath>
 
 #include "kernels.h"
@@ -24,7 +25,8 @@ BERTFAST_INLINE void store_bytes(uint8_t* p, Vec numbers, int count) {
 BERTFAST_INLINE int lanes_in(All) { return lanes; }
 BERTFAST_INLINE int lanes_in(First first) { return first.n; }
 
-// u = round(value / scale) + zero, with a scale and a zero such that 0 .. 255 span the row's values and 0.
+// u = round(value / scale) + zero, with a scale and a zero such that 0 .. 255 span the row's values and 0. The scale is 0
+// for a row of zeros, or of values so small that 1 / scale overflows.
 void quantise(const float* row, int64_t cols, uint8_t* out, float* scale, int32_t* zero) {
     Vec lowest = {}, highest = {}, check = {};
     for_columns(cols, [&](int64_t j, auto n) {
@@ -34,15 +36,15 @@ void quantise(const float* row, int64_t cols, uint8_t* out, float* scale, int32_
         check = fma(v, Vec{}, check);
     });
     const float low = -reduce_max(-lowest), high = reduce_max(highest), strange = reduce_add(check);
-    const float step = (high - low) / 255;
-    const bool finite = strange == 0 && step > 0 && step <= 3.4e38f;
-    *scale = finite ? step : strange + (step > 0 ? NAN : 0.0f);
+    const float step = high / 255 - low / 255, inverse = 1 / step;
+    const bool usable = strange == 0 && inverse <= FLT_MAX;
+    *scale = usable ? step : strange;
     *zero = 0;
-    if (!finite) {
+    if (!usable) {
         for (int64_t j = 0; j < cols; ++j) out[j] = 0;
         return;
     }
-    const float inverse = 1 / step, offset = std::nearbyint(-low * inverse);
+    const float offset = std::nearbyint(-low * inverse);
     *zero = static_cast<int32_t>(offset);
     // Adding and taking away 1.5 * 2^23 rounds to nearest, ties to even.
     constexpr float shift = 12582912.0f;

@@ -1,5 +1,6 @@
 #include "weights.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -36,8 +37,9 @@ void pack_row(Operand operand, const T* row, int64_t column, int64_t depth, void
             largest = std::fmax(largest, std::fabs(widen(row[k])));
             check += widen(row[k]) * 0;
         }
-        scale[column] = largest / 127 + check;
-        factor = check == 0 && largest > 0 ? 127 / largest : 0;
+        factor = 127 / largest;
+        if (check != 0 || factor > FLT_MAX) factor = 0;
+        scale[column] = factor > 0 ? largest / 127 : check;
         sums[column] = 0;
     }
     for (int64_t k = 0; k < depth; ++k) {
