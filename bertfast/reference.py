@@ -426,13 +426,14 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(u, scale, zero) with x = scale (u - zero) but for rounding, each row by itself. x: (T, K), taken as float32.
 
     scale = (max - min) / 255 over a row's values and 0, zero = round(-min / scale), u = round(x / scale) + zero, ties
-    to even: (T, K) uint8, (T,) float32, (T,) int32, computed in float32. The scale is 0 for a row of zeros, or of
-    values so small that 1 / scale overflows, and NaN where anything is not finite; both have u = zero = 0.
+    to even: (T, K) uint8, (T,) float32, (T,) int32, computed in float32 with the rounded 1 / scale. The scale is 0 for
+    a row of zeros, or of values so small that 1 / scale overflows, and NaN where anything is not finite; both have
+    u = zero = 0.
     """
     rows = x.float()
     high, low = rows.amax(-1).clamp(min=0), rows.amin(-1).clamp(max=0)
     scale = high / 255 - low / 255  # the difference of finite values may overflow
-    scale, inverse = _usable(scale, 1 / scale, rows)
+    scale, inverse = _usable(scale, rows)
     zero = torch.round(-low.where(inverse > 0, 0) * inverse)
     u = torch.round(rows.where(inverse[:, None] > 0, 0) * inverse[:, None]) + zero[:, None]
     return u.clamp(0, 255).to(torch.uint8), scale, zero.int()
@@ -441,19 +442,18 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale) with weight = scale q but for rounding, each row by itself. weight: (N, K), taken as float32.
 
-    scale = max |w| / 127 over a row, q = round(w (127 / max |w|)), ties to even: (N, K) int8, (N,) float32, computed in
-    float32. Rows of next to nothing and what is not finite are as in `quantise_rows`.
+    scale = max |w| / 127 over a row, q = round(w / scale), ties to even: (N, K) int8, (N,) float32, computed in float32
+    with the rounded 1 / scale. Rows of next to nothing and what is not finite are as in `quantise_rows`.
     """
     rows = weight.float()
-    largest = rows.abs().amax(-1)
-    scale, inverse = _usable(largest / 127, 127 / largest, rows)
+    scale, inverse = _usable(rows.abs().amax(-1) / 127, rows)
     q = torch.round(rows.where(inverse[:, None] > 0, 0) * inverse[:, None])
     return q.clamp(-127, 127).to(torch.int8), scale
 
 
-def _usable(scale: Tensor, inverse: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's scale and its inverse: (0, 0) where that overflows, (NaN, 0) where the row is not finite."""
-    finite = rows.isfinite().all(-1)
+def _usable(scale: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, 1 / scale) of each row; (0, 0) where that overflows, (NaN, 0) where anything in the row is not finite."""
+    finite, inverse = rows.isfinite().all(-1), 1 / scale
     usable = finite & inverse.isfinite()
     return scale.where(usable, torch.where(finite, 0.0, math.nan)), inverse.where(usable, 0)
 

@@ -37,9 +37,12 @@ void pack_row(Operand operand, const T* row, int64_t column, int64_t depth, void
             largest = std::fmax(largest, std::fabs(widen(row[k])));
             check += widen(row[k]) * 0;
         }
-        factor = 127 / largest;
-        if (check != 0 || factor > FLT_MAX) factor = 0;
-        scale[column] = factor > 0 ? largest / 127 : check;
+        scale[column] = largest / 127;
+        factor = 1 / scale[column];
+        if (check != 0 || factor > FLT_MAX) {
+            scale[column] = check;
+            factor = 0;
+        }
         sums[column] = 0;
     }
     for (int64_t k = 0; k < depth; ++k) {
