@@ -28,13 +28,13 @@ X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
-KERNELS = ("attention", "embedding", "gelu", "norm", "operand")
+KERNELS = ("embedding", "gelu", "norm", "operand")
 # What gains from instructions for bfloat16 and int8 has objects for processors with those, too.
 X86_PRODUCT_ISAS = {
     "avx512_vnni": [*X86_ISAS["avx512"], "-mavx512vnni"],
     "avx512_bf16": [*X86_ISAS["avx512"], "-mavx512vnni", "-mavx512bf16"],
 }
-PRODUCTS = ("gemm",)
+PRODUCTS = ("attention", "gemm")
 PLAIN = ("dispatch", "encoder", "parallel", "weights")  # compiled once, for any processor
 # No -ffast-math: NaN, infinities and the order of sums are part of the results.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"]

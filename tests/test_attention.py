@@ -23,14 +23,14 @@ def make_qkv(lengths, heads, size, dtype):
     return torch.randn(sum(lengths), 3, heads, size, dtype=dtype)
 
 
-def plain(qkv, cu_seqlens, p=0.0, seed=None):
+def plain(qkv, cu_seqlens, p=0.0, seed=None, scale=None):
     """PyTorch's own, sequence by sequence."""
     if p:
         return reference.varlen_attention(qkv, cu_seqlens, None, p, seed)
     out = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         q, k, v = qkv[start:end].permute(1, 2, 0, 3)[:, None]
-        out.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+        out.append(F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1))
     return torch.cat(out)
 
 
@@ -48,14 +48,15 @@ def test_parity_in_both_directions(implementation, lengths, size, dtype):
     )
 
 
-@pytest.mark.parametrize("size", [1, 8, 24, 80, 128])
-def test_other_head_sizes(implementation, size):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 8, 24, 37, 80, 128])
+def test_other_head_sizes(implementation, size, dtype):
     cu_seqlens = borders([5, 40, 17])
     parity.check_gradients(
         lambda qkv: varlen_attention(qkv, cu_seqlens, scale=0.3),
         lambda qkv: reference.varlen_attention(qkv, cu_seqlens, 0.3),
-        lambda qkv: plain(qkv, cu_seqlens),
-        [make_qkv([62], 3, size, torch.float32)],
+        lambda qkv: plain(qkv, cu_seqlens, scale=0.3),
+        [make_qkv([62], 3, size, dtype)],
         ("qkv",),
     )
 
@@ -95,12 +96,15 @@ def test_nan_stays_in_its_sequence(native_implementation):
     assert out[:6].isnan().all() and out[6:].isfinite().all()
 
 
-def test_strided_views(implementation):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "of"), [(32, 64), (32, 33), (5, 7)])
+def test_strided_views(native_implementation, size, of, dtype):
     lengths = [5, 33]
-    wide = torch.randn(38, 3, 2, 64)
-    qkv = wide[..., :32]
+    wide = torch.randn(38, 3, 2, of).to(dtype)
+    wide[..., size:] = float("nan")
+    qkv = wide[..., :size]
     assert torch.equal(varlen_attention(qkv, borders(lengths)), varlen_attention(qkv.contiguous(), borders(lengths)))
-    turned = torch.randn(38, 2, 3, 32).transpose(1, 2)
+    turned = torch.randn(38, 2, 3, size).to(dtype).transpose(1, 2)
     assert torch.equal(
         varlen_attention(turned, borders(lengths)), varlen_attention(turned.contiguous(), borders(lengths))
     )

@@ -5,14 +5,15 @@
 // of a BERT-sized sequence is a few KiB, so the softmax sees whole rows and needs no running maximum:
 //
 //     forward                                       backward
-//       S = Q (c K)^T,  c = scale log2(e)             S = Q (c K)^T               dP = dO V^T
+//       S = c Q K^T,  c = scale log2(e)               S = c Q K^T                 dP = dO V^T
 //       P = 2^(S - max)                               P = 2^(S - lse log2(e))     M = dropout multipliers
 //       O = (P M) V / sum(P)                          dS = P (dP M - delta)       delta = rowsum(dO O)
 //       lse = max ln(2) + ln(sum(P))                  dV += (P M)^T dO,  dK += scale dS^T Q,  dQ = scale dS K
 //
 // The products run in registers (attention_gemm.h), everything between loading and storing is float32, and each
-// thread writes only rows that are its own. A query's arithmetic depends on its own sequence alone, and the
-// sums over queries run in one order: results are the same bits for any number of threads and any neighbours.
+// thread writes only rows that are its own; only where the processor multiplies pairs of bfloat16, the forward rounds
+// P M to those. A query's arithmetic depends on its own sequence alone, and the sums over queries run in one order:
+// results are the same bits for any number of threads and any neighbours.
 #include <math.h>
 #include <stdlib.h>
 
@@ -36,16 +37,9 @@ int64_t query_blocks(int64_t length) {
     return blocks < 1 ? 1 : blocks > 16 ? 16 : blocks;
 }
 
-// The backward's block of queries, and the largest of the forward. It is the depth of the products that make dK
-// and dV, whose tiles are read and written once per block.
-constexpr int64_t max_rows = 8 * tile_rows;
-
-// The forward's block of queries: as many whole tiles as keep its scores near the L1 cache, but enough of them
-// to reuse a panel of K that came from farther away.
-int64_t forward_rows(int64_t length) {
-    const int64_t rows = 8192 / length / tile_rows * tile_rows;
-    return rows < 2 * tile_rows ? 2 * tile_rows : rows > max_rows ? max_rows : rows;
-}
+// The backward's block of queries. It is the depth of the products that make dK and dV, whose tiles are read and
+// written once per block.
+constexpr int64_t backward_rows = 48;
 
 // Rows of scores are one vector longer than they need be: at a power of two apart, walking down a column (which
 // is how the transposed products read them) would use only a few sets of the cache. What stands in the columns
@@ -169,37 +163,80 @@ void draw_multipliers(const VarlenAttention& a, const Item& item, int64_t query,
                  static_cast<uint32_t>(item.sequence), multiplier, item.length);
 }
 
-struct RowStatistics {
-    float max, sum;
-};
+// Of a tile's rows, and of as many more as fill the last vector.
+constexpr int64_t statistics = (tile_rows + lanes - 1) / lanes * lanes;
 
-// scores[0, n) = 2^(scores - max), and their sum. Columns up to the next multiple of `lanes` become 0.
-RowStatistics exponentiate(float* scores, int64_t n) {
-    const int tail = static_cast<int>(n % lanes);
-    if (tail) store(scores + n - tail, load(scores + n - tail, tail, -INFINITY));
-    Vec top = load(scores);
-    for (int64_t j = lanes; j < n; j += lanes) top = max(load(scores + j), top);
-    const float row_max = reduce_max(top);
-    Vec sum = {};
-    for (int64_t j = 0; j < n; j += lanes) {
-        const Vec p = exp2(load(scores + j) - row_max);
-        store(scores + j, p);
-        sum += p;
-    }
-    return {row_max, reduce_add(sum)};
+template <class Reduce>
+void reduce_tile(Vec (&parts)[statistics], float* result, Reduce reduce) {
+    for (int64_t i = 0; i < statistics; i += lanes) store(result + i, reduce_rows(parts + i, reduce));
 }
 
-template <class T>
-void forward_item(const VarlenAttention& a, const Item& item) {
+// scores[i, 0..n) = 2^(scores - max), times multiplier where there is dropout, in each of at most tile_rows rows, as
+// elements of Kind that begin where the row does; those up to the next multiple of `lanes` become 0. The sums are of
+// what the row held before the multiplication and the rounding.
+template <class Kind>
+void exponentiate(float* scores, int64_t stride, int64_t rows, int64_t n, const float* multiplier, float* maxima,
+                  float* sums) {
+    const int tail = static_cast<int>(n % lanes);
+    Vec parts[statistics] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+        float* const row = scores + i * stride;
+        if (tail) store(row + n - tail, load(row + n - tail, tail, -INFINITY));
+        Vec top = load(row);
+        for (int64_t j = lanes; j < n; j += lanes) top = max(load(row + j), top);
+        parts[i] = top;
+    }
+    reduce_tile(parts, maxima, [](Vec a, Vec b) { return max(a, b); });
+    for (int64_t i = 0; i < rows; ++i) {
+        float* const row = scores + i * stride;
+        typename Kind::Element* const p = reinterpret_cast<typename Kind::Element*>(row);
+        Vec sum = {};
+        for (int64_t j = 0; j < n; j += lanes) {
+            Vec value = exp2(load(row + j) - maxima[i]);
+            sum += value;
+            if (multiplier) value *= load(multiplier + i * stride + j);
+            Kind::narrow_to(p + j, value);
+        }
+        parts[i] = sum;
+    }
+    reduce_tile(parts, sums, [](Vec a, Vec b) { return a + b; });
+}
+
+// Where a tile's products with V go: each row times a factor of its own.
+template <class Kind, class T>
+struct Context {
+    Rows<T> rows;
+    int64_t size;
+    const float* factor;
+
+    Vec begin(int64_t, int64_t) const { return Vec{}; }
+    void end(int64_t m, int64_t n, Vec sum) const {
+        if (n + lanes <= size)
+            Kind::narrow_to(rows[m] + n, sum * factor[m]);
+        else
+            store(rows[m] + n, sum * factor[m], static_cast<int>(size - n));
+    }
+};
+
+// A row of `size` elements as words, with zeros up to the next multiple of `lanes`.
+template <class Kind, class T>
+void copy_words(const T* row, int64_t size, float* dst) {
+    constexpr int64_t step = lanes * Kind::elements;
+    for (int64_t j = 0; j < size; j += step, dst += lanes)
+        store(dst, Kind::words(row + j, size - j < step ? size - j : step));
+}
+
+template <class T, class Kind>
+void forward_head(const VarlenAttention& a, const Item& item) {
+    constexpr int64_t elements = Kind::elements;
     const int64_t length = item.length, size = a.head_size, width = round_up(size, lanes);
-    const int64_t block = forward_rows(length), stride = score_stride(length);
-    float *k_transposed, *v, *q, *p, *o, *multiplier;
-    allocate({{&k_transposed, size * round_up(length, tile_cols)},
-              {&v, length * width},
-              {&q, block * width},
-              {&p, block * stride},
-              {&o, block * width},
-              {&multiplier, stride}});
+    const int64_t words = (size + elements - 1) / elements, stride = score_stride(length);
+    float *k_transposed, *v, *q, *p, *multiplier;
+    allocate({{&k_transposed, words * round_up(length, tile_cols)},
+              {&v, (length + elements - 1) / elements * width},
+              {&q, tile_rows * width},
+              {&p, tile_rows * stride},
+              {&multiplier, a.dropout.threshold ? tile_rows * stride : 0}});
 
     const Rows<const T> q_rows = input_rows<T>(a, item, 0), k_rows = input_rows<T>(a, item, 1),
                         v_rows = input_rows<T>(a, item, 2);
@@ -208,31 +245,31 @@ void forward_item(const VarlenAttention& a, const Item& item) {
         o_rows = {static_cast<T*>(a.out) + item.start * a.out_stride + item.head * size, a.out_stride};
     prefetch(k_rows, 0, length, size);
     prefetch(v_rows, 0, length, size);
-    const MatrixB kt = pack_transposed(k_rows[0], k_rows.stride, length, size, a.scale * log2e, k_transposed);
-    pack(v_rows[0], v_rows.stride, length, size, v);
-
+    const MatrixB kt = pack_transposed<Kind>(k_rows[0], k_rows.stride, length, size, k_transposed);
+    Kind::pack(v_rows[0], v_rows.stride, length, size, v);
     float* const lse = a.lse ? a.lse + item.head * a.tokens + item.start : nullptr;
 
-    float sums[max_rows];
-    for (int64_t first = item.first; first < item.last; first += block) {
-        const int64_t rows = item.last - first < block ? item.last - first : block;
+    const int64_t queries = item.last - item.first, tiles = (queries + tile_rows - 1) / tile_rows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = item.first + tile * queries / tiles;
+        const int64_t rows = item.first + (tile + 1) * queries / tiles - first;
         prefetch(q_rows, first, rows, size);
-        pack(q_rows[first], q_rows.stride, rows, size, q);
         prefetch(o_rows, first, rows, size);
-        multiply(rows, length, size, {q, width, 1}, kt, {p, stride});
-        for (int64_t i = 0; i < rows; ++i) {
-            float* const row = p + i * stride;
-            const RowStatistics statistics = exponentiate(row, length);
-            sums[i] = statistics.sum;
-            if (lse) lse[first + i] = statistics.max * ln2 + logf(statistics.sum);
-            if (a.dropout.threshold) {
-                draw_multipliers(a, item, first + i, multiplier);
-                for (int64_t j = 0; j < length; j += lanes) store(row + j, load(row + j) * load(multiplier + j));
-            }
+        MatrixA queries_here = {q_rows[first], q_rows.stride * static_cast<int64_t>(sizeof(T)), 4};
+        if (sizeof(T) * elements < 4 || size % elements) {  // not yet whole words
+            for (int64_t i = 0; i < rows; ++i) copy_words<Kind>(q_rows[first + i], size, q + i * width);
+            queries_here = by_rows(q, width);
         }
-        multiply(rows, size, length, {p, stride, 1}, row_major(v, width), {o, width});
-        for (int64_t i = 0; i < rows; ++i)
-            store_row(o_rows[first + i], o + i * width, size, 1 / sums[i]);
+        multiply<Kind>(rows, length, words, queries_here, kt, Scaled{p, stride, a.scale * log2e});
+        if (a.dropout.threshold)
+            for (int64_t i = 0; i < rows; ++i) draw_multipliers(a, item, first + i, multiplier + i * stride);
+        float maxima[statistics], sums[statistics];
+        exponentiate<Kind>(p, stride, rows, length, a.dropout.threshold ? multiplier : nullptr, maxima, sums);
+        if (lse)
+            for (int64_t i = 0; i < rows; ++i) lse[first + i] = maxima[i] * ln2 + logf(sums[i]);
+        for (int64_t i = 0; i < statistics; i += lanes) store(sums + i, 1 / load(sums + i));
+        multiply<Kind>(rows, size, (length + elements - 1) / elements, by_rows(p, stride), row_major(v, width),
+                       Context<Kind, T>{{o_rows[first], o_rows.stride}, size, sums});
     }
 }
 
@@ -250,7 +287,7 @@ template <class T>
 void backward_item(const VarlenAttentionBackward& b, const Item& item) {
     const VarlenAttention& a = b.forward;
     const int64_t length = item.length, size = a.head_size, width = round_up(size, lanes);
-    const int64_t block = max_rows, stride = score_stride(length);
+    const int64_t block = backward_rows, stride = score_stride(length);
     float *k_transposed, *v_transposed, *k, *q, *dout, *p, *ds, *dq, *dk, *dv, *multiplier;
     allocate({{&k_transposed, size * round_up(length, tile_cols)},
               {&v_transposed, size * round_up(length, tile_cols)},
@@ -275,9 +312,9 @@ void backward_item(const VarlenAttentionBackward& b, const Item& item) {
 
     prefetch(k_rows, 0, length, size);
     prefetch(v_rows, 0, length, size);
-    const MatrixB kt = pack_transposed(k_rows[0], k_rows.stride, length, size, a.scale * log2e, k_transposed);
-    const MatrixB vt = pack_transposed(v_rows[0], v_rows.stride, length, size, 1, v_transposed);
-    pack(k_rows[0], k_rows.stride, length, size, k);
+    const MatrixB kt = pack_transposed(k_rows[0], k_rows.stride, length, size, k_transposed);
+    const MatrixB vt = pack_transposed(v_rows[0], v_rows.stride, length, size, v_transposed);
+    Floats::pack(k_rows[0], k_rows.stride, length, size, k);
     for (int64_t j = 0; j < stride; ++j) multiplier[j] = 1;
 
     for (int64_t first = 0; first < length; first += block) {
@@ -285,10 +322,10 @@ void backward_item(const VarlenAttentionBackward& b, const Item& item) {
         prefetch(q_rows, first, rows, size);
         prefetch(dout_rows, first, rows, size);
         prefetch(o_rows, first, rows, size);
-        pack(q_rows[first], q_rows.stride, rows, size, q);
-        pack(dout_rows[first], dout_rows.stride, rows, size, dout);
-        multiply(rows, length, size, {q, width, 1}, kt, {p, stride});
-        multiply(rows, length, size, {dout, width, 1}, vt, {ds, stride});
+        Floats::pack(q_rows[first], q_rows.stride, rows, size, q);
+        Floats::pack(dout_rows[first], dout_rows.stride, rows, size, dout);
+        multiply(rows, length, size, by_rows(q, width), kt, Scaled{p, stride, a.scale * log2e});
+        multiply(rows, length, size, by_rows(dout, width), vt, Sums{ds, stride});
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t query = first + i;
             if (a.dropout.threshold) draw_multipliers(a, item, query, multiplier);
@@ -296,10 +333,10 @@ void backward_item(const VarlenAttentionBackward& b, const Item& item) {
             row_gradient(p + i * stride, ds + i * stride, multiplier, length, lse[query] * log2e, delta);
         }
         const bool accumulate = first > 0;
-        multiply(length, size, rows, {p, 1, stride}, row_major(dout, width), {dv, width}, accumulate);
-        multiply(length, size, rows, {ds, 1, stride}, row_major(q, width), {dk, width}, accumulate);
+        multiply(length, size, rows, by_columns(p, stride), row_major(dout, width), Sums{dv, width, accumulate});
+        multiply(length, size, rows, by_columns(ds, stride), row_major(q, width), Sums{dk, width, accumulate});
         prefetch(dq_rows, first, rows, size);
-        multiply(rows, size, length, {ds, stride, 1}, row_major(k, width), {dq, width});
+        multiply(rows, size, length, by_rows(ds, stride), row_major(k, width), Sums{dq, width});
         for (int64_t i = 0; i < rows; ++i) store_row(dq_rows[first + i], dq + i * width, size, a.scale);
     }
     prefetch(dk_rows, 0, length, size);
@@ -314,7 +351,11 @@ void backward_item(const VarlenAttentionBackward& b, const Item& item) {
 
 void varlen_attention_fwd(const VarlenAttention& a, int threads) {
     const Plan plan = make_plan(a, true);
-    const auto run = a.dtype == DType::float32 ? forward_item<float> : forward_item<bfloat16>;
+#if defined(__AVX512BF16__)
+    const auto run = a.dtype == DType::float32 ? forward_head<float, Floats> : forward_head<bfloat16, Pairs>;
+#else
+    const auto run = a.dtype == DType::float32 ? forward_head<float, Floats> : forward_head<bfloat16, Floats>;
+#endif
     parallel_for(plan.items, threads, [&](int64_t i) { run(a, find_item(plan, i)); });
 }
 

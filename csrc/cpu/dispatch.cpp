@@ -15,10 +15,11 @@
     KERNEL(void, residual_layer_norm_bwd, ResidualLayerNormBackward) \
     KERNEL(void, bias_gelu_fwd, BiasGelu)                            \
     KERNEL(void, bias_gelu_bwd, BiasGeluBackward)                    \
-    KERNEL(void, varlen_attention_fwd, VarlenAttention)              \
-    KERNEL(void, varlen_attention_bwd, VarlenAttentionBackward)      \
     KERNEL(void, operand_fwd, OperandOf)
-#define BERTFAST_PRODUCTS(KERNEL) KERNEL(void, gemm_fwd, Gemm)
+#define BERTFAST_PRODUCTS(KERNEL)                               \
+    KERNEL(void, varlen_attention_fwd, VarlenAttention)         \
+    KERNEL(void, varlen_attention_bwd, VarlenAttentionBackward) \
+    KERNEL(void, gemm_fwd, Gemm)
 
 #define BERTFAST_DECLARE(Result, name, Arguments) Result name(const Arguments&, int threads);
 #define BERTFAST_MEMBER(Result, name, Arguments) Result (*name)(const Arguments&, int threads);
