@@ -50,14 +50,15 @@ class Snapshot(NamedTuple):
 class BackboneState:
     """What patching keeps on a base model, its encoder and its embeddings: options and counts of calls.
 
-    compute: what the GEMMs of inference on the CPU multiply, where that is not what the weights are. pooled: whether the model has a pooler. reads: what the task model's head around it reads at padding positions.
+    operand: what the GEMMs of inference on the CPU multiply, where that is not what the weights are. pooled: whether the
+    model has a pooler. reads: what the task model's head around it reads at padding positions.
     Copies and pickles keep the options and start counting anew.
     """
 
     family: Family
     padding: str = "exact"
     pack_weights: bool = True
-    compute: str | None = None
+    operand: str | None = None
     pooled: bool = False
     reads: Reads | None = None
     handles: list = field(default_factory=list)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bertfast import backend
 from bertfast.architectures import KINDS, Family, activation_of
-from bertfast.guard import Guard
+from bertfast.guard import Guard, watch_module
 from bertfast.layer import LayerParameters, LayerSettings
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -58,28 +58,6 @@ def hooks_matter(module: nn.Module) -> bool:
         for hooks in (attributes["_forward_pre_hooks"], attributes["_forward_hooks"])
         for hook in tuple(hooks.values())
     )
-
-
-def global_hooks() -> bool:
-    """Whether hooks on all modules of the process are registered."""
-    m = nn.modules.module
-    return bool(
-        m._global_forward_hooks
-        or m._global_forward_pre_hooks
-        or m._global_backward_hooks
-        or m._global_backward_pre_hooks
-    )
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def watch_module(guard: Guard, module: nn.Module) -> None:
-    """Note that the module is of its class, with no hook and no forward of its own."""
-    guard.type(module)
-    for hooks in HOOKS:  # which are registered in these dicts; nobody puts others in their place
-        guard.empty(module.__dict__[hooks])
-    guard.entry(module.__dict__, "forward")
 
 
 class _Link(NamedTuple):

@@ -6,10 +6,13 @@ Looking at all of that takes Python 20 µs a layer; the same facts, noted once, 
 
 from typing import Any
 
+from torch import nn
+
 from bertfast import native
 
 ENTRY, ABSENT, EMPTY, TYPE, ATTRIBUTE = range(5)
 Fact = tuple[int, Any, Any, Any]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Guard:
@@ -67,3 +70,22 @@ def holds(facts: list[Fact]) -> bool:
         if not as_expected:
             return False
     return True
+
+
+def global_hooks() -> bool:
+    """Whether hooks on all modules of the process are registered."""
+    m = nn.modules.module
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )
+
+
+def watch_module(guard: Guard, module: nn.Module) -> None:
+    """Note that the module is of its class, with no hook and no forward of its own."""
+    guard.type(module)
+    for hooks in HOOKS:  # which are registered in these dicts; nobody puts others in their place
+        guard.empty(module.__dict__[hooks])
+    guard.entry(module.__dict__, "forward")

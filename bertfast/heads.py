@@ -63,9 +63,9 @@ class _Head(PretrainedModel):
 
     pooled: ClassVar[bool] = True  # whether the encoder has a pooler
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
+    def __init__(self, config: BertConfig, pack_weights: bool = True, compute: str | None = None) -> None:
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=self.pooled, pack_weights=pack_weights)
+        self.bert = BertModel(config, add_pooling_layer=self.pooled, pack_weights=pack_weights, compute=compute)
 
     def _classifier(self, labels: int) -> None:
         self.dropout = nn.Dropout(self.config.classifier_dropout_prob)
@@ -121,8 +121,8 @@ class _LMHead(_Head):
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
-        super().__init__(config, pack_weights)
+    def __init__(self, config: BertConfig, pack_weights: bool = True, compute: str | None = None) -> None:
+        super().__init__(config, pack_weights, compute)
         self.cls = nn.ModuleDict({"predictions": BertLMPredictionHead(config)})
         if self.pooled:
             self.cls["seq_relationship"] = nn.Linear(config.hidden_size, 2)
@@ -176,8 +176,8 @@ class BertForMaskedLM(_LMHead):
 class BertForNextSentencePrediction(_Head):
     """Says whether the second sentence follows the first: Devlin et al. 2019, section 3.1, task 2."""
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
-        super().__init__(config, pack_weights)
+    def __init__(self, config: BertConfig, pack_weights: bool = True, compute: str | None = None) -> None:
+        super().__init__(config, pack_weights, compute)
         self.cls = nn.ModuleDict({"seq_relationship": nn.Linear(config.hidden_size, 2)})
         self.initialize(self.cls)
 
@@ -244,8 +244,8 @@ class BertForPreTraining(_LMHead):
 class BertForSequenceClassification(_Head):
     """Classifies, or scores, whole sequences."""
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
-        super().__init__(config, pack_weights)
+    def __init__(self, config: BertConfig, pack_weights: bool = True, compute: str | None = None) -> None:
+        super().__init__(config, pack_weights, compute)
         self._classifier(config.num_labels)
 
     def forward(
@@ -295,8 +295,8 @@ def _classification_loss(logits: Tensor, labels: Tensor, problem_type: str | Non
 class BertForMultipleChoice(_Head):
     """Chooses among several continuations, each a sequence of its own."""
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
-        super().__init__(config, pack_weights)
+    def __init__(self, config: BertConfig, pack_weights: bool = True, compute: str | None = None) -> None:
+        super().__init__(config, pack_weights, compute)
         self._classifier(1)
 
     def forward(
@@ -358,8 +358,8 @@ class BertForTokenClassification(_Head):
 
     pooled = False
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
-        super().__init__(config, pack_weights)
+    def __init__(self, config: BertConfig, pack_weights: bool = True, compute: str | None = None) -> None:
+        super().__init__(config, pack_weights, compute)
         self._classifier(config.num_labels)
 
     def forward(
@@ -391,8 +391,8 @@ class BertForQuestionAnswering(_Head):
 
     pooled = False
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
-        super().__init__(config, pack_weights)
+    def __init__(self, config: BertConfig, pack_weights: bool = True, compute: str | None = None) -> None:
+        super().__init__(config, pack_weights, compute)
         if config.num_labels != 2:
             raise ValueError(f"question answering has 2 labels, start and end, not {config.num_labels}: num_labels=2")
         self.qa_outputs = nn.Linear(config.hidden_size, 2)

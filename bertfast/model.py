@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from bertfast.checkpoint import PretrainedModel
 from bertfast.config import BertConfig
+from bertfast.guard import Guard, global_hooks, watch_module
 from bertfast.layer import LayerPacks, LayerParameters, LayerSettings, activation_name, encoder_layer
 from bertfast.ops import embed_layer_norm, varlen_attention
 from bertfast.packing import PackedBatch, Packing
+from bertfast.runtime.compute import operand_of
+from bertfast.runtime.encoder import NativeEncoder, NativeLayer
 
 
 class ModelOutput:
@@ -87,7 +90,7 @@ class BertEmbeddings(nn.Module):
 class BertLayer(nn.Module):
     """One encoder layer. The parameters stand in Hugging Face's tree, the computation in `bertfast.layer`."""
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
+    def __init__(self, config: BertConfig, packs: LayerPacks = LayerPacks()) -> None:  # noqa: B008 (immutable)
         super().__init__()
         hidden, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         projections = {name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")}
@@ -101,7 +104,7 @@ class BertLayer(nn.Module):
         self.activation = activation_name(config.hidden_act)
         self.hidden_dropout = config.hidden_dropout_prob
         self.attention_dropout = config.attention_probs_dropout_prob
-        self.packs = LayerPacks.empty() if pack_weights else LayerPacks()
+        self.packs = packs
 
     def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
         """(tokens, hidden) to (tokens, hidden)."""
@@ -138,15 +141,66 @@ def _dense_and_norm(inputs: int, outputs: int, eps: float) -> nn.ModuleDict:
     return nn.ModuleDict({"dense": nn.Linear(inputs, outputs), "LayerNorm": nn.LayerNorm(outputs, eps=eps)})
 
 
+class OwnEncoder:
+    """The native call for a BertEncoder's layers, made anew when one of their parts is exchanged.
+
+    Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._found: tuple[Guard, NativeEncoder] | None = None
+
+    def run(self, layers: nn.ModuleList, hidden: Tensor, packing: Packing) -> Tensor | None:
+        """(tokens, hidden) to the same; None where the layers have to be called one by one."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and hidden.requires_grad) or global_hooks():
+            return None
+        found = self._found
+        if found is None or not found[0].holds():
+            found = self._found = self._look(layers)
+        return None if found is None else found[1].run(hidden, packing)
+
+    @staticmethod
+    def _look(layers: nn.ModuleList) -> tuple[Guard, NativeEncoder] | None:
+        guard, native = Guard(), []
+        for i, layer in enumerate(layers):
+            if type(layer) is not BertLayer:
+                return None
+            guard.entry(layers._modules, str(i))
+            watch_module(guard, layer)
+            for name in ("training", "heads", "eps", "activation", "hidden_dropout", "attention_dropout", "packs"):
+                guard.entry(layer.__dict__, name)
+            for module in layer.modules():
+                for owned in (module._modules, module._parameters):
+                    for name in owned:
+                        guard.entry(owned, name)
+            parameters, settings = layer._parameters_in_order(), layer._settings()
+            scale = (parameters.up_weight.shape[1] / settings.heads) ** -0.5
+            native.append(NativeLayer(parameters, settings, scale, layer.packs))
+        guard.entry(layers._modules, str(len(layers)))
+        return (guard, NativeEncoder(native)) if guard.holds() else None
+
+    def __deepcopy__(self, memo: dict) -> "OwnEncoder":
+        return OwnEncoder()
+
+    def __reduce__(self) -> tuple:
+        return OwnEncoder, ()
+
+
 class BertEncoder(nn.Module):
     """The stack of layers."""
 
-    def __init__(self, config: BertConfig, pack_weights: bool = True) -> None:
+    def __init__(self, config: BertConfig, pack_weights: bool = True, operand: str | None = None) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config, pack_weights) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(
+            BertLayer(config, LayerPacks.empty(operand) if pack_weights else LayerPacks())
+            for _ in range(config.num_hidden_layers)
+        )
+        self.native = OwnEncoder()
 
     def forward(self, hidden: Tensor, packing: Packing, states: list[Tensor] | None = None) -> Tensor:
         """(tokens, hidden) to (tokens, hidden); each layer's output is appended to `states`, if that is given."""
+        if states is None and (out := self.native.run(self.layer, hidden, packing)) is not None:
+            return out
         for layer in self.layer:
             hidden = layer(hidden, packing)
             if states is not None:
@@ -182,16 +236,25 @@ class BertModel(PretrainedModel):
     Args:
         config: the sizes.
         add_pooling_layer: whether there is a pooler.
-        pack_weights: whether inference on the CPU keeps a second copy of the encoder's weights in oneDNN's own layout,
-            which makes it faster and takes as much memory again.
+        pack_weights: whether inference on the CPU keeps a second, packed copy of the encoder's weights, which makes it
+            faster and takes as much memory again.
+        compute: "bf16" has the GEMMs of inference on the CPU multiply in bfloat16 whatever the weights are, with
+            residuals and statistics in float32 (half the packed copy of float32 weights, about twice as fast); None: in
+            what the weights are. A warning says where the processor has no instructions for it.
     """
 
     body_prefix: ClassVar[str] = ""
 
-    def __init__(self, config: BertConfig, add_pooling_layer: bool = True, pack_weights: bool = True) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        add_pooling_layer: bool = True,
+        pack_weights: bool = True,
+        compute: str | None = None,
+    ) -> None:
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
-        self.encoder = BertEncoder(config, pack_weights)
+        self.encoder = BertEncoder(config, pack_weights, operand_of(compute, pack_weights))
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.initialize(self)
 

@@ -5,6 +5,7 @@ of the layer, encoder and embedding instances, to subclasses of their own that d
 base model (see `bertfast.seams` and `bertfast.planning`).
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
@@ -12,12 +13,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bertfast import backend
+from bertfast import backend, native
 from bertfast.architectures import Family, Reads, families, head_of, role_of, stock_class
 from bertfast.calls import STATE, BackboneState, HeadState, LayerState
 from bertfast.errors import UnsupportedModelError
 from bertfast.layer import LayerPacks
 from bertfast.planning import after_backbone, after_head, before_backbone, before_head, pooled_tokens, span_logits
+from bertfast.runtime.compute import operand_of
 from bertfast.seams import is_seam, seam_class
 from bertfast.word_loss import scores_words, withhold_from
 
@@ -26,7 +28,14 @@ T = TypeVar("T")
 _OPS = ("embed_layer_norm", "linear", "varlen_attention", "residual_layer_norm", "bias_gelu")
 
 
-def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True, output_logits: bool = True) -> T:
+def patch(
+    model: T,
+    *,
+    padding: Padding = "exact",
+    pack_weights: bool = True,
+    compute: str | None = None,
+    output_logits: bool = True,
+) -> T:
     """Make every BERT inside `model` run on the fused ops without padding. Returns the same object.
 
     Args:
@@ -36,8 +45,11 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True, ou
             rectangle. "drop" runs every call without padding: position 0 holds a sequence's first token, wherever that
             stands, and no answer begins in padding. Hidden states at other padding positions are zero then, as they
             are in "exact" where no head of transformers reads them.
-        pack_weights: keep a second, packed copy of the layers' weights for inference on the CPU, which makes the
-            GEMMs up to twice as fast. See `bertfast.ops.PackedWeights` for what may change weights unseen.
+        pack_weights: keep a second, packed copy of the layers' weights for inference on the CPU, which the encoder
+            needs to run as one native call. See `bertfast.ops.PackedWeights` for what may change weights unseen.
+        compute: "bf16" has the GEMMs of inference on the CPU multiply in bfloat16 whatever the weights are, with
+            residuals and statistics in float32; None: in what the weights are. A warning says where the processor has
+            no instructions for it. It changes nothing in training and on GPUs, where `.to` and autocast are for that.
         output_logits: False lets a masked language model that is given labels compute its loss from the labelled tokens
             alone and return no words' scores, which are what training takes most memory for. Calls without labels
             return them as ever.
@@ -57,8 +69,9 @@ def patch(model: T, *, padding: Padding = "exact", pack_weights: bool = True, ou
         raise ValueError(
             f"output_logits=False is for masked language models, and there is none in this {_name(type(model))}"
         )
+    operand = operand_of(compute, pack_weights)
     for _, backbone, family in found:
-        _patch_backbone(backbone, family, padding, pack_weights)
+        _patch_backbone(backbone, family, padding, pack_weights, operand)
     for module in root.modules():
         family, reads = head_of(type(module)) or (None, None)
         base = None if family is None else getattr(module, family.prefix, None)
@@ -85,8 +98,11 @@ def _patch_head(model: nn.Module, family: Family, reads: Reads) -> None:
     model.__dict__[STATE] = HeadState(family, reads, handles=handles)
 
 
-def _patch_backbone(model: nn.Module, family: Family, padding: Padding, pack_weights: bool) -> None:
+def _patch_backbone(
+    model: nn.Module, family: Family, padding: Padding, pack_weights: bool, operand: str | None
+) -> None:
     state = model.__dict__.get(STATE)
+    before = None if state is None else state.operand
     if state is None:
         pooler = None if family.pooler is None else getattr(model, family.pooler, None)
         state = BackboneState(family, padding, pack_weights, pooled=pooler is not None)
@@ -97,16 +113,17 @@ def _patch_backbone(model: nn.Module, family: Family, padding: Padding, pack_wei
         ]
         if pooler is not None:
             state.handles.append(pooler.register_forward_pre_hook(pooled_tokens))
-    state.padding, state.pack_weights = padding, pack_weights
+    state.padding, state.pack_weights, state.operand, state.snapshot = padding, pack_weights, operand, None
+    packs = functools.partial(LayerPacks.empty, operand) if pack_weights else LayerPacks
     for module in model.modules():
         role = (role_of(stock_class(type(module))) or (None, None))[1]
         if role in ("encoder", "embeddings", "layer") and (is_seam(module) or role_of(type(module)) is not None):
             if role != "layer":
                 module.__dict__[STATE] = state
             elif STATE not in module.__dict__:
-                module.__dict__[STATE] = LayerState(family, LayerPacks.empty() if pack_weights else LayerPacks())
-            elif (module.__dict__[STATE].packs.qkv is not None) is not pack_weights:
-                module.__dict__[STATE].packs = LayerPacks.empty() if pack_weights else LayerPacks()
+                module.__dict__[STATE] = LayerState(family, packs())
+            elif (module.__dict__[STATE].packs.qkv is not None) is not pack_weights or before != operand:
+                module.__dict__[STATE].packs = packs()
             if not is_seam(module):
                 module.__class__ = seam_class(type(module))
 
@@ -169,8 +186,9 @@ class BackboneReport:
     """What one base model did since it was patched.
 
     calls: how many ran packed, on the rectangle with fused layers, and on stock code. reasons: why calls, or parts of
-    them, were not packed or not fused, with how often. ops: the backend of each op for the model's dtype and device,
-    with what was refused. packed_bytes: memory of the packed weights.
+    them, were not packed or not fused, with how often. native_calls: how many of them ran all layers in one native call.
+    encoder: whether the next one will, and in what precision, or why not. ops: the backend of each op for the model's
+    dtype and device, with what was refused. packed_bytes: memory of the packed weights.
     """
 
     name: str
@@ -182,6 +200,8 @@ class BackboneReport:
     options: dict[str, Any] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    native_calls: int = 0
+    encoder: str = ""
     ops: dict[str, dict[str, Any]] = field(default_factory=dict)
     packed_bytes: int = 0
 
@@ -194,6 +214,7 @@ class BackboneReport:
             "  options   " + ", ".join(f"{k}={v!r}" for k, v in self.options.items()),
             "  calls     " + ", ".join(f"{n} {kind}" for kind, n in self.calls.items()),
             *(f"    {n:>6}  {reason}" for reason, n in sorted(self.reasons.items(), key=lambda item: -item[1])),
+            f"  encoder   {self.encoder}; {self.native_calls} calls in one piece",
             f"  packed    {self.packed_bytes / 1e6:.1f} MB of weights",
         ]
         for op, choice in self.ops.items():
@@ -247,12 +268,26 @@ def _explain(name: str, model: nn.Module) -> BackboneReport:
         choices["varlen_attention"] = backend.Choice("varlen_attention", "PyTorch's, for relative positions")
     return BackboneReport(
         **about,
-        options={"padding": state.padding, "pack_weights": state.pack_weights},
+        options={"padding": state.padding, "pack_weights": state.pack_weights, "compute": state.operand},
         calls={kind: state.calls[kind] for kind in ("packed", "rectangle", "stock")},
         reasons=dict(state.reasons),
+        native_calls=state.calls["native"],
+        encoder=_describe_encoder(state),
         ops={line: {"backend": c.backend, "refused": dict(c.refused)} for line, c in choices.items()},
         packed_bytes=sum(m.__dict__[STATE].packs.nbytes for m in layers if STATE in m.__dict__),
     )
+
+
+def _describe_encoder(state: BackboneState) -> str:
+    """How the layers run in inference."""
+    if state.family.position_bias is not None:
+        return "op by op: relative positions"
+    if state.snapshot is None:
+        return "op by op, until a first call in evaluation mode has found nothing that asks for it"
+    native_encoder = state.snapshot.native
+    if native_encoder.refusal is not None:
+        return f"op by op: {native_encoder.refusal}"
+    return f"one native call ({native.cpu.isa()}), multiplying {', '.join(native_encoder.operands)}"
 
 
 def _choices(weight: Tensor, head_size: int) -> dict[str, backend.Choice]:

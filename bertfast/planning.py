@@ -15,14 +15,15 @@ from bertfast.calls import STATE, BackboneState, Frame, HeadCall, HeadState, Lay
 from bertfast.eligibility import (
     INERT,
     SDPA,
+    EmbeddingStructure,
     LayerStructure,
     Refusal,
-    global_hooks,
     hooks_matter,
     refuse_config,
     refuse_kind,
     traced,
 )
+from bertfast.guard import global_hooks
 from bertfast.ops.loss import IGNORED
 from bertfast.packing import Packing, has_holes
 from bertfast.positions import position_ids
@@ -306,6 +307,8 @@ def _refuse_encoder(frame: Frame, arguments: dict[str, Any], config: Any) -> Ref
             hidden_states = getattr(config, "output_hidden_states", False)
         reason = refuse_config(config) or _refuse_layers(frame.encoder, config)
         if reason is None and not hidden_states and not getattr(frame.encoder, "_is_replica", False):
+            if frame.model is not None:
+                structure_of(frame.model._modules["embeddings"], backbone, EmbeddingStructure)
             backbone.snapshot = take(backbone, frame.encoder, config)
     return Refusal("hidden states wanted") if hidden_states else reason
 

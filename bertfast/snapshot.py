@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 
 from bertfast.calls import STATE, BackboneState, Snapshot
-from bertfast.eligibility import HOOKS, EmbeddingReading, LayerReading
-from bertfast.guard import Guard
+from bertfast.eligibility import EmbeddingReading, LayerReading
+from bertfast.guard import HOOKS, Guard
 from bertfast.runtime.encoder import NativeEncoder, NativeLayer
 
 

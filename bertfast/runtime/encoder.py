@@ -1,4 +1,4 @@
-"""All layers of an encoder in one native call (csrc/cpu/encoder.cpp): inference on a CPU, without a word of Python between.
+"""All layers of an encoder in one native call (csrc/cpu/encoder.cpp): inference on a CPU, with no Python in between.
 
 The residual stream and the statistics are float32, whatever the GEMMs multiply.
 """
@@ -90,6 +90,12 @@ class NativeEncoder:
             if shapes != [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]:
                 return "layers of different shapes"
         return None
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What the GEMMs multiply, each kind once, in the order of the layers."""
+        weights = str(self._tensors[0].dtype).removeprefix("torch.")
+        return tuple(dict.fromkeys(place.operand or weights for layer in self._layers for place in layer.packs))
 
     def run(self, x: Tensor, packing: Packing) -> Tensor | None:
         """(tokens, hidden) to the last layer's output; None where this call has to go op by op."""
