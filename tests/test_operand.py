@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"needs the CPU kerne
 
 EPS = 1e-12
 ROWS = [1, 7, 64]
-# One, around a vector of 16 and four of them, MiniLM, BERT-base, and an odd tail.
-COLUMNS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 384, 768, 1023]
+# One, around a vector of 16 and four of them, whole words, MiniLM, BERT-base, and an odd tail.
+COLUMNS = [1, 2, 3, 15, 16, 17, 20, 63, 64, 65, 384, 768, 1023]
 DTYPES = [torch.float32, torch.bfloat16]
 OPERANDS = [torch.float32, torch.bfloat16, torch.uint8]
 INF, NAN = math.inf, math.nan
