@@ -50,8 +50,8 @@ class Snapshot(NamedTuple):
 class BackboneState:
     """What patching keeps on a base model, its encoder and its embeddings: options and counts of calls.
 
-    operand: what the GEMMs of inference on the CPU multiply, where that is not what the weights are. pooled: whether the
-    model has a pooler. reads: what the task model's head around it reads at padding positions.
+    operand: what the GEMMs of inference on the CPU multiply, where that is not what the weights are. pooled: whether
+    the model has a pooler. reads: what the task model's head around it reads at padding positions.
     Copies and pickles keep the options and start counting anew.
     """
 

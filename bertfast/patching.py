@@ -186,7 +186,7 @@ class BackboneReport:
     """What one base model did since it was patched.
 
     calls: how many ran packed, on the rectangle with fused layers, and on stock code. reasons: why calls, or parts of
-    them, were not packed or not fused, with how often. native_calls: how many of them ran all layers in one native call.
+    them, were not packed or not fused, with how often. native_calls: how many of them ran all layers in one call.
     encoder: whether the next one will, and in what precision, or why not. ops: the backend of each op for the model's
     dtype and device, with what was refused. packed_bytes: memory of the packed weights.
     """

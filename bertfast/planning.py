@@ -309,7 +309,7 @@ def _refuse_encoder(frame: Frame, arguments: dict[str, Any], config: Any) -> Ref
         if reason is None and not hidden_states and not getattr(frame.encoder, "_is_replica", False):
             if frame.model is not None:
                 structure_of(frame.model._modules["embeddings"], backbone, EmbeddingStructure)
-            backbone.snapshot = take(backbone, frame.encoder, config)
+            backbone.snapshot = frame.snapshot = take(backbone, frame.encoder, config)
     return Refusal("hidden states wanted") if hidden_states else reason
 
 
