@@ -163,7 +163,7 @@ class OwnEncoder:
     def _look(layers: nn.ModuleList) -> tuple[Guard, NativeEncoder] | None:
         guard, native = Guard(), []
         for i, layer in enumerate(layers):
-            if type(layer) is not BertLayer:
+            if type(layer) is not BertLayer or "forward" in layer.__dict__:
                 return None
             guard.entry(layers._modules, str(i))
             watch_module(guard, layer)
