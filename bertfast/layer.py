@@ -58,6 +58,11 @@ class LayerPacks(NamedTuple):
         """Four places with nothing packed yet. operand: what the GEMMs multiply, as of `PackedWeights`."""
         return cls(*(PackedWeights(operand) for _ in range(4)))
 
+    @property
+    def operands(self) -> set[str | None]:
+        """What the GEMMs multiply, as of `PackedWeights`; nothing where there are no places."""
+        return {place.operand for place in self if place is not None}
+
     def clear(self) -> None:
         """Forget the copies; the next inference call makes new ones."""
         for place in self:

@@ -55,14 +55,15 @@ def patch(
             return them as ever.
 
     What the fused path cannot do (decoders, attention maps, replaced submodules, torch.compile, ...) runs stock code
-    for that call; `explain` counts it with the reason. Patching again changes the options. Patch before wrapping layers
+    for that call; `explain` counts it with the reason. Patching again changes the options, and undoes
+    `bertfast.quantize`. Patch before wrapping layers
     in FSDP. Raises UnsupportedModelError where there is no supported model inside, ValueError for unknown options, and
     for output_logits=False where there is no masked language model.
     """
     if padding not in ("exact", "drop"):
         raise ValueError(f'padding must be "exact" or "drop", not {padding!r}')
-    root = _root(model)
-    found = list(_backbones(root))
+    root = root_of(model)
+    found = list(backbones(root))
     if not found:
         raise UnsupportedModelError(_what_is_there(model, root))
     if not output_logits and not any(head_of(type(m)) and scores_words(m) for m in root.modules()):
@@ -102,7 +103,6 @@ def _patch_backbone(
     model: nn.Module, family: Family, padding: Padding, pack_weights: bool, operand: str | None
 ) -> None:
     state = model.__dict__.get(STATE)
-    before = None if state is None else state.operand
     if state is None:
         pooler = None if family.pooler is None else getattr(model, family.pooler, None)
         state = BackboneState(family, padding, pack_weights, pooled=pooler is not None)
@@ -122,7 +122,7 @@ def _patch_backbone(
                 module.__dict__[STATE] = state
             elif STATE not in module.__dict__:
                 module.__dict__[STATE] = LayerState(family, packs())
-            elif (module.__dict__[STATE].packs.qkv is not None) is not pack_weights or before != operand:
+            elif module.__dict__[STATE].packs.operands != ({operand} if pack_weights else set()):
                 module.__dict__[STATE].packs = packs()
             if not is_seam(module):
                 module.__class__ = seam_class(type(module))
@@ -134,7 +134,7 @@ def unpatch(model: T) -> T:
     Does nothing to a model that is not patched. Raises UnsupportedModelError where a patched module was wrapped into
     another class afterwards, as FSDP does: undo that first.
     """
-    modules = [m for m in _root(model).modules() if STATE in m.__dict__]
+    modules = [m for m in root_of(model).modules() if STATE in m.__dict__]
     for module in modules:
         state = module.__dict__[STATE]
         if not is_seam(module) and not (isinstance(state, HeadState) or role_of(type(module)) is not None):
@@ -149,7 +149,7 @@ def unpatch(model: T) -> T:
     return model
 
 
-def _root(model: Any) -> nn.Module:
+def root_of(model: Any) -> nn.Module:
     """The module to look into. Cross-encoders were plain objects around `.model` before sentence-transformers 4."""
     if not isinstance(model, nn.Module):
         inner = getattr(model, "model", None)
@@ -159,11 +159,19 @@ def _root(model: Any) -> nn.Module:
     return model
 
 
-def _backbones(root: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+def backbones(root: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+    """The base models inside, by their names as `named_modules` has them."""
     for name, module in root.named_modules():
         role = role_of(type(module))
         if role is not None and role[1] == "model":
             yield name, module, role[0]
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a base model, patched or not."""
+    for name, module in model.named_modules():
+        if (role_of(stock_class(type(module))) or (None, None))[1] == "layer":
+            yield name, module
 
 
 def _what_is_there(model: Any, root: nn.Module) -> str:
@@ -242,8 +250,8 @@ def explain(model: Any) -> Report:
 
     Raises UnsupportedModelError where there is no supported model inside.
     """
-    root = _root(model)
-    reports = tuple(_explain(name, module) for name, module, _ in _backbones(root))
+    root = root_of(model)
+    reports = tuple(_explain(name, module) for name, module, _ in backbones(root))
     if not reports:
         raise UnsupportedModelError(_what_is_there(model, root))
     return Report(reports)
@@ -252,7 +260,7 @@ def explain(model: Any) -> Report:
 def _explain(name: str, model: nn.Module) -> BackboneReport:
     weight = next(model.parameters(), torch.empty(0))
     state = model.__dict__.get(STATE)
-    layers = [m for m in model.modules() if (role_of(stock_class(type(m))) or (None, None))[1] == "layer"]
+    layers = [layer for _, layer in layers_of(model)]
     about = {
         "name": name,
         "model": _name(type(model)),
@@ -272,14 +280,30 @@ def _explain(name: str, model: nn.Module) -> BackboneReport:
         calls={kind: state.calls[kind] for kind in ("packed", "rectangle", "stock")},
         reasons=dict(state.reasons),
         native_calls=state.calls["native"],
-        encoder=_describe_encoder(state),
+        encoder=_describe_encoder(state, layers),
         ops={line: {"backend": c.backend, "refused": dict(c.refused)} for line, c in choices.items()},
         packed_bytes=sum(m.__dict__[STATE].packs.nbytes for m in layers if STATE in m.__dict__),
     )
 
 
-def _describe_encoder(state: BackboneState) -> str:
+def _describe_encoder(state: BackboneState, layers: list[nn.Module]) -> str:
     """How the layers run in inference."""
+    multiplied = _describe_operands([m.__dict__[STATE].packs for m in layers if STATE in m.__dict__])
+    return f"{_describe_calls(state)}{multiplied and f', multiplying {multiplied}'}"
+
+
+def _describe_operands(packs: list[LayerPacks]) -> str:
+    """What the GEMMs multiply where it is not what the weights are: "int8, bfloat16 in layer 3: down"."""
+    places = {(i, gemm): place.operand for i, p in enumerate(packs) for gemm, place in p._asdict().items() if place}
+    counts = Counter(operand or "what the weights are" for operand in places.values())
+    if not counts or set(counts) == {"what the weights are"}:
+        return ""
+    most = counts.most_common(1)[0][0]
+    others = [f"{o or 'what the weights are'} in layer {i}: {gemm}" for (i, gemm), o in places.items() if o != most]
+    return ", ".join([most, *others])
+
+
+def _describe_calls(state: BackboneState) -> str:
     if state.family.position_bias is not None:
         return "op by op: relative positions"
     if state.snapshot is None:
