@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from agreement import exact_path, ran, reasons, visible
-from stock_models import CLASSES, build, call_of, family_of, mask_of
+from stock_models import CLASSES, build, call_of, config_of, family_of, mask_of
 from torch import Tensor, nn
 
 from bertfast import explain, machine, native, patch, unpatch
@@ -62,14 +63,16 @@ def bfloat16_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("bfloat16_units")
 def test_bf16_is_more_accurate_than_a_model_in_bfloat16() -> None:
-    stock = build("BertModel", num_hidden_layers=6)
+    torch.manual_seed(0)
+    stock = transformers.BertModel(config_of("BertModel", num_hidden_layers=12, hidden_size=192)).eval().double()
     call = call_of("BertModel", mask_of("right"))
     ours = patch(copy.deepcopy(stock).float(), compute="bf16")
     with torch.inference_mode():
         gold, found, half = (m(**call).last_hidden_state for m in (stock, ours, copy.deepcopy(stock).bfloat16()))
     valid = call["attention_mask"].bool()
     assert found.dtype == torch.float32
-    assert (found - gold)[valid].abs().mean() < 0.5 * (half - gold)[valid].abs().mean()
+    ours, theirs = (found - gold)[valid].abs(), (half - gold)[valid].abs()
+    assert ours.max() <= 0.03 and ours.mean() < 0.5 * theirs.mean()
 
 
 @pytest.mark.usefixtures("bfloat16_units")
@@ -82,7 +85,7 @@ def test_options_and_their_undoing() -> None:
         half = patch(model, compute="bf16")(**call).last_hidden_state
         report = explain(model).backbones[0]
         assert report.options["compute"] == "bfloat16" and report.packed_bytes < 0.6 * packed
-        assert "multiplying bfloat16" in str(report) and ran(model) == {"packed": 2, "native": 2}
+        assert "multiplying bfloat16" in str(report) and ran(model) == {"packed": 2} and report.native_calls == 2
         assert torch.equal(patch(model, compute="bfloat16")(**call).last_hidden_state, half)
         assert torch.equal(patch(model)(**call).last_hidden_state, plain) and not torch.equal(plain, half)
         assert torch.equal(unpatch(model)(**call).last_hidden_state, stock)
