@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from benchmarks import accuracy, models, roofline, training
 from benchmarks.contenders import Contenders, Refused, one_line
-from benchmarks.goals import GOALS
+from benchmarks.goals import GOALS, ROOFLINE
 from benchmarks.goals import PEER as OURS
 from benchmarks.peers import Peer
 from benchmarks.results import OUT_OF_TIME, Record, Writer
@@ -257,12 +258,18 @@ class Harness:
         return self._stock[1]
 
     def _keys(self, case: Case) -> Iterator[tuple[Peer, str]]:
-        """Each peer in each precision; those that have to be there come first."""
-        for peer in sorted(case.peers, key=lambda peer: peer.name not in self.needed):
-            if peer.training or not case.workload.training:
-                for precision in self.precisions:
-                    if precision in peer.precisions and not (case.workload.training and precision == "int8"):
-                        yield peer, precision
+        """Each peer in each precision: those that have to be there, then the others by precision.
+
+        Engines calibrate for int8 for as long as everything else takes, and are made ready last.
+        """
+        training = case.workload.training
+        peers = sorted(case.peers, key=lambda peer: peer.name not in self.needed)
+        asked = [p for p in self.precisions if not (training and p == "int8")]
+        first = [(peer, p) for peer in peers for p in asked if peer.name in self.needed]
+        then = [(peer, p) for p in asked for peer in peers if peer.name not in self.needed]
+        for peer, precision in first + then:
+            if precision in peer.precisions and (peer.training or not training):
+                yield peer, precision
 
     def _late(self, key: Key) -> Refused | None:
         """Why a peer that is ready is not even called once: the case's time for that is over."""
@@ -370,7 +377,10 @@ class Harness:
         steps, workload = self._steps(case, stock, precision), case.workload
         floor = roofline.floor(steps, self.ceilings, precision)
         base = next((k for k in ((self.baseline, precision), (self.baseline, "float32")) if k in found.seconds), None)
-        speedup = None if base is None else Ratio.of(found.seconds[base], times)
+        speedup = _ratio(found, base, times)
+        over_float32 = _ratio(found, (self.baseline, "float32"), times)
+        ours = (workload.name, case.model, precision) if peer == OURS and self.device == "cpu" else None
+        goal = GOALS.get(ours)
         on_gpu = self.device == "cuda"
         limit = self._limit(case, precision)
         self._shortest = min(self._shortest, summary.median)
@@ -396,16 +406,24 @@ class Harness:
             sequences_per_s=len(workload.lengths) / summary.median,
             baseline=self.baseline,
             baseline_precision=base and base[1],
-            speedup=speedup and {"value": speedup.value, "low": speedup.low, "high": speedup.high},
+            speedup=speedup and asdict(speedup),
+            speedup_over_float32=over_float32 and asdict(over_float32),
             flops=sum(step.flops for step in steps),
             bytes=sum(step.nbytes for step in steps),
             roofline_share=floor and floor / summary.median,
             noise=found.noise.to_dict(),
-            goal=GOALS.get((workload.name, case.model, precision)) if peer == OURS and not on_gpu else None,
+            goal=goal and goal.speedup,
+            goal_over=goal and goal.over,
+            roofline_goal=ROOFLINE.get(ours),
         )
         ms = f"{1e3 * summary.median:9.2f} ms ({1e3 * summary.low:.2f} to {1e3 * summary.high:.2f})"
         ratio = "" if speedup is None else f" {speedup.value:.2f}x ({speedup.low:.2f} to {speedup.high:.2f})"
         self.say(f"{_name(case, key)} {ms}{ratio}, {summary.n} rounds")
+
+
+def _ratio(found: Timed, base: Key | None, times: Sequence[float]) -> Ratio | None:
+    """How many times as fast as the baseline of the same rounds; None where it was not there."""
+    return Ratio.of(found.seconds[base], times) if base in found.seconds else None
 
 
 def _run_all(run: Callable[[Batch], Any], batches: Sequence[Batch]) -> None:

@@ -162,8 +162,9 @@ def test_the_record_of_a_measurement(tmp_path):
     assert cost["share"] == pytest.approx(cost["overhead_s"] / cost["shortest_s"])
 
 
-def test_speed_is_against_the_baseline_in_the_same_precision_or_in_float32(tmp_path, monkeypatch):
-    monkeypatch.setitem(goals.GOALS, ("some", "tiny", "bfloat16"), 1.7)
+def test_speed_is_against_the_baseline_in_the_same_precision_and_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setitem(goals.GOALS, ("some", "tiny", "bfloat16"), goals.Goal(1.7, "float32"))
+    monkeypatch.setitem(goals.ROOFLINE, ("some", "tiny", "float32"), 0.85)
     half = ("float32", "bfloat16")
     peers = [peer("hf-sdpa", honest, half), peer("bertfast", honest, half), peer("engine", honest, ("int8",))]
     records, _ = measure(tmp_path, [Case(RAGGED, "tiny", peers)], (*half, "int8"))
@@ -176,11 +177,33 @@ def test_speed_is_against_the_baseline_in_the_same_precision_or_in_float32(tmp_p
     ):
         assert found[key]["speedup"]["value"] == pytest.approx(median[of] / median[key], rel=1e-4)
         assert found[key]["baseline_precision"] == of[1]
+        over = found[key]["speedup_over_float32"]
+        assert over["value"] == pytest.approx(median["hf-sdpa", "float32"] / median[key], rel=1e-4)
+        assert over["low"] <= over["value"] <= over["high"]
     assert found["engine", "int8"]["error_limit"] is None and found["engine", "int8"]["cosine_limit"] == 0.95
     assert found["engine", "int8"]["roofline_share"] is None, "no ceiling was measured for int8"
-    assert {key: r["goal"] for key, r in found.items() if r["goal"]} == {("bertfast", "bfloat16"): 1.7}
+    stated = {key: (r["goal"], r["goal_over"]) for key, r in found.items() if r["goal"]}
+    assert stated == {("bertfast", "bfloat16"): (1.7, "float32")}
+    assert {key: r["roofline_goal"] for key, r in found.items() if r["roofline_goal"]} == {
+        ("bertfast", "float32"): 0.85
+    }
     records, _ = measure(tmp_path / "alone", [Case(RAGGED, "tiny", peers[1:])])
-    assert by_peer(records)["bertfast", "float32"]["speedup"] is None
+    alone = by_peer(records)["bertfast", "float32"]
+    assert alone["speedup"] is alone["speedup_over_float32"] is None
+
+
+def test_the_needed_peers_come_first_and_what_calibrates_comes_last(tmp_path):
+    asked = []
+
+    def noted(name):
+        return lambda setting: asked.append((name, setting.precision)) or honest(setting)
+
+    every = ("float32", "bfloat16", "int8")
+    names = {"hf-sdpa": every[:2], "engine": every, "bertfast": every, "other": every[:1]}
+    peers = [peer(name, noted(name), precisions) for name, precisions in names.items()]
+    measure(tmp_path, [Case(RAGGED, "tiny", peers)], every)
+    assert asked[:5] == [(name, p) for name in ("hf-sdpa", "bertfast") for p in names[name]]
+    assert asked[5:] == [("engine", "float32"), ("other", "float32"), ("engine", "bfloat16"), ("engine", "int8")]
 
 
 @pytest.mark.parametrize("name", ["rerank 32 pairs", "ner 32 sentences"])

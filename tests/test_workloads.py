@@ -70,7 +70,11 @@ def test_sets_series_and_goals_name_what_there_is():
         assert len(pairs) == len(set(pairs))
         assert all(name in known and model in models.MODELS for name, model in pairs)
     assert {name for name, _ in SETS["quick"]} <= {name for name, _ in SETS["full"]}
-    assert {(name, model) for name, model, _ in goals.GOALS} <= set(SETS["full"])
+    stated = {*goals.GOALS, *goals.ROOFLINE}
+    assert {(name, model) for name, model, _ in stated} <= set(SETS["full"])
+    for name, model, precision in stated:
+        over = goals.GOALS[name, model, precision].over
+        assert over == (precision if known[name].training else "float32")
     full = {name for name, _ in SETS["full"]}
     assert full == set(known), "everything is measured by the full set"
     for n, name in SERIES["sequences"].items():
