@@ -64,10 +64,9 @@ void allocate(const Region (&regions)[n]) {
     }
 }
 
+// A sequence's work comes in `groups` of heads, each of them for `blocks` of its queries.
 struct Sequence {
-    int64_t index, start, length;
-    int64_t blocks;                   // of queries, for each head
-    int64_t first_item;
+    int64_t index, start, length, groups, blocks, first_item;
 };
 
 struct Plan {
@@ -75,9 +74,9 @@ struct Plan {
     int64_t count, items;
 };
 
-// One head of one sequence, and the queries [first, last) of it.
+// Heads [head, last_head) of one sequence, and the queries [first, last) of it.
 struct Item {
-    int64_t sequence, start, length, head, first, last;
+    int64_t sequence, start, length, head, last_head, first, last;
 };
 
 int longest_first(const void* left, const void* right) {
@@ -86,31 +85,44 @@ int longest_first(const void* left, const void* right) {
     return a.index < b.index ? -1 : 1;
 }
 
-// Long sequences come first, so that what the last threads are still busy with is short.
-Plan make_plan(const VarlenAttention& a, bool split_queries) {
-    Sequence* sequences = scratch<Sequence>(plan_slot, a.sequences);
+// About what a head of a sequence costs, in multiply-adds: packing is worth those of a few queries.
+int64_t head_cost(const VarlenAttention& a, int64_t length) { return length * (length + 64) * a.head_size; }
+
+// Long sequences come first, so that what the last threads are still busy with is short. An item is large enough to be
+// worth taking (some microseconds), and beyond that small enough for the threads to end together.
+Plan make_plan(const VarlenAttention& a, bool split_queries, int threads) {
+    constexpr int64_t least = 400000, items_per_thread = 16;
+    Sequence* const sequences = scratch<Sequence>(plan_slot, a.sequences);
     Plan plan = {sequences, 0, 0};
+    int64_t cost = 0;
     for (int64_t i = 0; i < a.sequences; ++i) {
         const int64_t start = a.cu_seqlens[i], length = a.cu_seqlens[i + 1] - start;
-        if (length > 0) sequences[plan.count++] = {i, start, length, split_queries ? query_blocks(length) : 1, 0};
+        if (length > 0) sequences[plan.count++] = {i, start, length, 0, 0, 0};
+        cost += a.heads * head_cost(a, length);
     }
+    const int64_t share = cost / (threads * items_per_thread), item = share < least ? least : share;
     qsort(sequences, static_cast<size_t>(plan.count), sizeof(Sequence), longest_first);
     for (Sequence* s = sequences; s < sequences + plan.count; ++s) {
+        const int64_t wanted = a.heads * head_cost(a, s->length) / item + 1;
+        const int64_t most = split_queries ? query_blocks(s->length) : 1;
+        s->groups = wanted < a.heads ? wanted : a.heads;
+        s->blocks = wanted / a.heads < 1 ? 1 : wanted / a.heads < most ? wanted / a.heads : most;
         s->first_item = plan.items;
-        plan.items += a.heads * s->blocks;
+        plan.items += s->groups * s->blocks;
     }
     return plan;
 }
 
-Item find_item(const Plan& plan, int64_t i) {
+Item find_item(const VarlenAttention& a, const Plan& plan, int64_t i) {
     int64_t low = 0, high = plan.count;  // sequences[low].first_item <= i < sequences[high].first_item
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         (plan.sequences[middle].first_item <= i ? low : high) = middle;
     }
     const Sequence& s = plan.sequences[low];
-    const int64_t head = (i - s.first_item) / s.blocks, block = (i - s.first_item) % s.blocks;
-    return {s.index, s.start, s.length, head, block * s.length / s.blocks, (block + 1) * s.length / s.blocks};
+    const int64_t group = (i - s.first_item) / s.blocks, block = (i - s.first_item) % s.blocks;
+    return {s.index, s.start, s.length, group * a.heads / s.groups, (group + 1) * a.heads / s.groups,
+            block * s.length / s.blocks, (block + 1) * s.length / s.blocks};
 }
 
 // The rows of one head in a tensor of tokens.
@@ -136,10 +148,17 @@ Rows<T> dense_rows(T* tensor, const VarlenAttention& a, const Item& item, int pa
     return {tensor + item.start * stride + (part * a.heads + item.head) * a.head_size, stride};
 }
 
-// Rows of one head lie a token apart, most of them on a page of their own, where no hardware prefetcher follows.
-// Asking for many at once, before they are packed or stored to, halves the time that they take from L3.
 template <class T>
-void prefetch(Rows<T> rows, int64_t first, int64_t count, int64_t size) {
+Rows<T> output_rows(const VarlenAttention& a, const Item& item) {
+    if (!a.out_stride) return dense_rows(static_cast<T*>(a.out), a, item);
+    return {static_cast<T*>(a.out) + item.start * a.out_stride + item.head * a.head_size, a.out_stride};
+}
+
+// Rows of one head lie a token apart, most of them on a page of their own, where no hardware prefetcher follows.
+// Asking for many at once, before they are packed or stored to, halves the time that they take from L3. (Inline,
+// because GCC takes a function of prefetches alone for one without effects, and drops its calls.)
+template <class T>
+BERTFAST_INLINE void prefetch(Rows<T> rows, int64_t first, int64_t count, int64_t size) {
     constexpr int64_t line = 64 / sizeof(T);
     for (int64_t i = first; i < first + count; ++i)
         for (int64_t j = 0; j < size; j += line) __builtin_prefetch(rows[i] + j, 0, 2);
@@ -226,6 +245,14 @@ void copy_words(const T* row, int64_t size, float* dst) {
         store(dst, Kind::words(row + j, size - j < step ? size - j : step));
 }
 
+// What a head will read and write of some tokens.
+template <class T>
+BERTFAST_INLINE void prefetch_head(const VarlenAttention& a, Item item, int64_t head, int64_t first, int64_t count) {
+    item.head = head;
+    for (int part = 0; part < 3; ++part) prefetch(input_rows<T>(a, item, part), first, count, a.head_size);
+    prefetch(output_rows<T>(a, item), first, count, a.head_size);
+}
+
 template <class T, class Kind>
 void forward_head(const VarlenAttention& a, const Item& item) {
     constexpr int64_t elements = Kind::elements;
@@ -240,11 +267,7 @@ void forward_head(const VarlenAttention& a, const Item& item) {
 
     const Rows<const T> q_rows = input_rows<T>(a, item, 0), k_rows = input_rows<T>(a, item, 1),
                         v_rows = input_rows<T>(a, item, 2);
-    Rows<T> o_rows = dense_rows(static_cast<T*>(a.out), a, item);
-    if (a.out_stride)
-        o_rows = {static_cast<T*>(a.out) + item.start * a.out_stride + item.head * size, a.out_stride};
-    prefetch(k_rows, 0, length, size);
-    prefetch(v_rows, 0, length, size);
+    const Rows<T> o_rows = output_rows<T>(a, item);
     const MatrixB kt = pack_transposed<Kind>(k_rows[0], k_rows.stride, length, size, k_transposed);
     Kind::pack(v_rows[0], v_rows.stride, length, size, v);
     float* const lse = a.lse ? a.lse + item.head * a.tokens + item.start : nullptr;
@@ -253,8 +276,7 @@ void forward_head(const VarlenAttention& a, const Item& item) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = item.first + tile * queries / tiles;
         const int64_t rows = item.first + (tile + 1) * queries / tiles - first;
-        prefetch(q_rows, first, rows, size);
-        prefetch(o_rows, first, rows, size);
+        if (item.head + 1 < item.last_head) prefetch_head<T>(a, item, item.head + 1, first, rows);
         MatrixA queries_here = {q_rows[first], q_rows.stride * static_cast<int64_t>(sizeof(T)), 4};
         if (sizeof(T) * elements < 4 || size % elements) {  // not yet whole words
             for (int64_t i = 0; i < rows; ++i) copy_words<Kind>(q_rows[first + i], size, q + i * width);
@@ -273,6 +295,12 @@ void forward_head(const VarlenAttention& a, const Item& item) {
     }
 }
 
+template <class T, class Kind>
+void forward_item(const VarlenAttention& a, Item item) {
+    prefetch_head<T>(a, item, item.head, 0, item.length);
+    for (; item.head < item.last_head; ++item.head) forward_head<T, Kind>(a, item);
+}
+
 // The backward's elementwise part, for one query. On entry p holds scores and ds holds dO V^T; on exit p holds the
 // probabilities after dropout and ds the gradient of the scores. lse2 is in the scores' unit, that of a power of 2.
 void row_gradient(float* p, float* ds, const float* multiplier, int64_t n, float lse2, float delta) {
@@ -284,7 +312,7 @@ void row_gradient(float* p, float* ds, const float* multiplier, int64_t n, float
 }
 
 template <class T>
-void backward_item(const VarlenAttentionBackward& b, const Item& item) {
+void backward_head(const VarlenAttentionBackward& b, const Item& item) {
     const VarlenAttention& a = b.forward;
     const int64_t length = item.length, size = a.head_size, width = round_up(size, lanes);
     const int64_t block = backward_rows, stride = score_stride(length);
@@ -347,22 +375,27 @@ void backward_item(const VarlenAttentionBackward& b, const Item& item) {
     }
 }
 
+template <class T>
+void backward_item(const VarlenAttentionBackward& b, Item item) {
+    for (; item.head < item.last_head; ++item.head) backward_head<T>(b, item);
+}
+
 }  // namespace
 
 void varlen_attention_fwd(const VarlenAttention& a, int threads) {
-    const Plan plan = make_plan(a, true);
+    const Plan plan = make_plan(a, true, threads);
 #if defined(__AVX512BF16__)
-    const auto run = a.dtype == DType::float32 ? forward_head<float, Floats> : forward_head<bfloat16, Pairs>;
+    const auto run = a.dtype == DType::float32 ? forward_item<float, Floats> : forward_item<bfloat16, Pairs>;
 #else
-    const auto run = a.dtype == DType::float32 ? forward_head<float, Floats> : forward_head<bfloat16, Floats>;
+    const auto run = a.dtype == DType::float32 ? forward_item<float, Floats> : forward_item<bfloat16, Floats>;
 #endif
-    parallel_for(plan.items, threads, [&](int64_t i) { run(a, find_item(plan, i)); });
+    parallel_for(plan.items, threads, [&](int64_t i) { run(a, find_item(a, plan, i)); });
 }
 
 void varlen_attention_bwd(const VarlenAttentionBackward& b, int threads) {
-    const Plan plan = make_plan(b.forward, false);
+    const Plan plan = make_plan(b.forward, false, threads);
     const auto run = b.forward.dtype == DType::float32 ? backward_item<float> : backward_item<bfloat16>;
-    parallel_for(plan.items, threads, [&](int64_t i) { run(b, find_item(plan, i)); });
+    parallel_for(plan.items, threads, [&](int64_t i) { run(b, find_item(b.forward, plan, i)); });
 }
 
 }  // namespace bertfast::BERTFAST_ISA
