@@ -182,25 +182,39 @@ void draw_multipliers(const VarlenAttention& a, const Item& item, int64_t query,
                  static_cast<uint32_t>(item.sequence), multiplier, item.length);
 }
 
-// Of a tile's rows, and of as many more as fill the last vector.
-constexpr int64_t statistics = (tile_rows + lanes - 1) / lanes * lanes;
+// Of a block's rows, and of as many more as fill the last vector.
+constexpr int64_t statistics = (column_rows + lanes - 1) / lanes * lanes;
 
 template <class Reduce>
 void reduce_tile(Vec (&parts)[statistics], float* result, Reduce reduce) {
     for (int64_t i = 0; i < statistics; i += lanes) store(result + i, reduce_rows(parts + i, reduce));
 }
 
-// scores[i, 0..n) = 2^(scores - max), times multiplier where there is dropout, in each of at most tile_rows rows, as
-// elements of Kind that begin where the row does; those up to the next multiple of `lanes` become 0. The sums are of
-// what the row held before the multiplication and the rounding.
+// Where a tile's scores go: times a factor, and -infinity for what is no key.
+struct Scores {
+    float* data;
+    int64_t row;
+    float factor;
+    const float* present;             // [keys up to the next multiple of lanes] 0 or -infinity
+
+    BERTFAST_METHOD Vec begin(int64_t, int64_t) const { return Vec{}; }
+    template <int vecs>
+    BERTFAST_METHOD void end(int64_t m, int64_t n, const Vec (&sum)[vecs]) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < vecs; ++i)
+            store(data + m * row + n + i * lanes, fma(sum[i], splat(factor), load(present + n + i * lanes)));
+    }
+};
+
+// scores[i, 0..n) = 2^(scores - max), times multiplier where there is dropout, in each row of a block,
+// as elements of Kind that begin where the row does. n is a multiple of lanes. The sums are of what the row held before
+// the multiplication and the rounding, as PyTorch's are: those of the rounded are less accurate for lse.
 template <class Kind>
 void exponentiate(float* scores, int64_t stride, int64_t rows, int64_t n, const float* multiplier, float* maxima,
                   float* sums) {
-    const int tail = static_cast<int>(n % lanes);
     Vec parts[statistics] = {};
     for (int64_t i = 0; i < rows; ++i) {
-        float* const row = scores + i * stride;
-        if (tail) store(row + n - tail, load(row + n - tail, tail, -INFINITY));
+        const float* const row = scores + i * stride;
         Vec top = load(row);
         for (int64_t j = lanes; j < n; j += lanes) top = max(load(row + j), top);
         parts[i] = top;
@@ -209,13 +223,19 @@ void exponentiate(float* scores, int64_t stride, int64_t rows, int64_t n, const 
     for (int64_t i = 0; i < rows; ++i) {
         float* const row = scores + i * stride;
         typename Kind::Element* const p = reinterpret_cast<typename Kind::Element*>(row);
+        const Vec top = splat(maxima[i]);
         Vec sum = {};
-        for (int64_t j = 0; j < n; j += lanes) {
-            Vec value = exp2(load(row + j) - maxima[i]);
+        const auto take = [&](int64_t j) BERTFAST_METHOD {
+            const Vec value = exp2(load(row + j) - top);
             sum += value;
-            if (multiplier) value *= load(multiplier + i * stride + j);
-            Kind::narrow_to(p + j, value);
+            return multiplier ? value * load(multiplier + i * stride + j) : value;
+        };
+        int64_t j = 0;
+        for (; j + 2 * lanes <= n; j += 2 * lanes) {
+            const Vec first = take(j), second = take(j + lanes);
+            Kind::narrow(p + j, first, second);
         }
+        if (j < n) Kind::narrow(p + j, take(j));
         parts[i] = sum;
     }
     reduce_tile(parts, sums, [](Vec a, Vec b) { return a + b; });
@@ -225,15 +245,16 @@ void exponentiate(float* scores, int64_t stride, int64_t rows, int64_t n, const 
 template <class Kind, class T>
 struct Context {
     Rows<T> rows;
-    int64_t size;
     const float* factor;
 
-    Vec begin(int64_t, int64_t) const { return Vec{}; }
-    void end(int64_t m, int64_t n, Vec sum) const {
-        if (n + lanes <= size)
-            Kind::narrow_to(rows[m] + n, sum * factor[m]);
+    BERTFAST_METHOD Vec begin(int64_t, int64_t) const { return Vec{}; }
+    template <int vecs>
+    BERTFAST_METHOD void end(int64_t m, int64_t n, const Vec (&sum)[vecs]) const {
+        const Vec scale = splat(factor[m]);
+        if constexpr (vecs == 2)
+            Kind::narrow(rows[m] + n, sum[0] * scale, sum[1] * scale);
         else
-            store(rows[m] + n, sum * factor[m], static_cast<int>(size - n));
+            Kind::narrow(rows[m] + n, sum[0] * scale);
     }
 };
 
@@ -254,51 +275,63 @@ BERTFAST_INLINE void prefetch_head(const VarlenAttention& a, Item item, int64_t 
 }
 
 template <class T, class Kind>
-void forward_head(const VarlenAttention& a, const Item& item) {
-    constexpr int64_t elements = Kind::elements;
-    const int64_t length = item.length, size = a.head_size, width = round_up(size, lanes);
-    const int64_t words = (size + elements - 1) / elements, stride = score_stride(length);
-    float *k_transposed, *v, *q, *p, *multiplier;
-    allocate({{&k_transposed, words * round_up(length, tile_cols)},
-              {&v, (length + elements - 1) / elements * width},
-              {&q, tile_rows * width},
-              {&p, tile_rows * stride},
-              {&multiplier, a.dropout.threshold ? tile_rows * stride : 0}});
-
-    const Rows<const T> q_rows = input_rows<T>(a, item, 0), k_rows = input_rows<T>(a, item, 1),
-                        v_rows = input_rows<T>(a, item, 2);
-    const Rows<T> o_rows = output_rows<T>(a, item);
-    const MatrixB kt = pack_transposed<Kind>(k_rows[0], k_rows.stride, length, size, k_transposed);
-    Kind::pack(v_rows[0], v_rows.stride, length, size, v);
-    float* const lse = a.lse ? a.lse + item.head * a.tokens + item.start : nullptr;
-
-    const int64_t queries = item.last - item.first, tiles = (queries + tile_rows - 1) / tile_rows;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = item.first + tile * queries / tiles;
-        const int64_t rows = item.first + (tile + 1) * queries / tiles - first;
-        if (item.head + 1 < item.last_head) prefetch_head<T>(a, item, item.head + 1, first, rows);
-        MatrixA queries_here = {q_rows[first], q_rows.stride * static_cast<int64_t>(sizeof(T)), 4};
-        if (sizeof(T) * elements < 4 || size % elements) {  // not yet whole words
-            for (int64_t i = 0; i < rows; ++i) copy_words<Kind>(q_rows[first + i], size, q + i * width);
-            queries_here = by_rows(q, width);
-        }
-        multiply<Kind>(rows, length, words, queries_here, kt, Scaled{p, stride, a.scale * log2e});
-        if (a.dropout.threshold)
-            for (int64_t i = 0; i < rows; ++i) draw_multipliers(a, item, first + i, multiplier + i * stride);
-        float maxima[statistics], sums[statistics];
-        exponentiate<Kind>(p, stride, rows, length, a.dropout.threshold ? multiplier : nullptr, maxima, sums);
-        if (lse)
-            for (int64_t i = 0; i < rows; ++i) lse[first + i] = maxima[i] * ln2 + logf(sums[i]);
-        for (int64_t i = 0; i < statistics; i += lanes) store(sums + i, 1 / load(sums + i));
-        multiply<Kind>(rows, size, (length + elements - 1) / elements, by_rows(p, stride), row_major(v, width),
-                       Context<Kind, T>{{o_rows[first], o_rows.stride}, size, sums});
-    }
-}
-
-template <class T, class Kind>
 void forward_item(const VarlenAttention& a, Item item) {
-    prefetch_head<T>(a, item, item.head, 0, item.length);
-    for (; item.head < item.last_head; ++item.head) forward_head<T, Kind>(a, item);
+    constexpr int64_t elements = Kind::elements;
+    const int64_t length = item.length, keys = round_up(length, lanes), stride = score_stride(length);
+    const int64_t size = a.head_size, width = round_up(size, lanes);
+    const int64_t words = (size + elements - 1) / elements, steps = (length + elements - 1) / elements;
+    const int64_t queries = item.last - item.first;
+    const int64_t block = length <= lanes ? column_rows : tile_rows, blocks = (queries + block - 1) / block;
+    float *k_transposed, *v, *q, *present, *p, *o, *multiplier;
+    allocate({{&k_transposed, words * round_up(length, tile_cols)},
+              {&v, steps * width},
+              {&q, block * width},
+              {&present, keys},
+              {&p, block * stride},
+              {&o, block * width},
+              {&multiplier, a.dropout.threshold ? block * stride : 0}});
+    if (!a.dropout.threshold) multiplier = nullptr;
+    for (int64_t j = 0; j < keys; ++j) present[j] = j < length ? 0 : -INFINITY;
+    if (multiplier)  // what fills up a row of probabilities stays 0
+        for (int64_t m = 0; m < block; ++m)
+            for (int64_t j = length; j < keys; ++j) multiplier[m * stride + j] = 0;
+
+    prefetch_head<T>(a, item, item.head, 0, length);
+    for (; item.head < item.last_head; ++item.head) {
+        const Rows<const T> q_rows = input_rows<T>(a, item, 0), k_rows = input_rows<T>(a, item, 1),
+                            v_rows = input_rows<T>(a, item, 2);
+        const MatrixB kt = pack_transposed<Kind>(k_rows[0], k_rows.stride, length, size, k_transposed);
+        Kind::pack(v_rows[0], v_rows.stride, length, size, v);
+        for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t first = item.first + i * queries / blocks;
+            const int64_t rows = item.first + (i + 1) * queries / blocks - first;
+            if (item.head + 1 < item.last_head) prefetch_head<T>(a, item, item.head + 1, first, rows);
+
+            ByRows q_here = {q_rows[first], q_rows.stride * static_cast<int64_t>(sizeof(T))};
+            if (sizeof(T) * elements < 4 || size % elements) {  // not yet whole words
+                for (int64_t m = 0; m < rows; ++m) copy_words<Kind>(q_rows[first + m], size, q + m * width);
+                q_here = by_rows(q, width);
+            }
+            multiply<Kind>(rows, length, words, q_here, kt, Scores{p, stride, a.scale * log2e, present});
+            if (multiplier)
+                for (int64_t m = 0; m < rows; ++m) draw_multipliers(a, item, first + m, multiplier + m * stride);
+            float maxima[statistics], sums[statistics];
+            exponentiate<Kind>(p, stride, rows, keys, multiplier, maxima, sums);
+            if (a.lse) {
+                float* const lse = a.lse + item.head * a.tokens + item.start + first;
+                for (int64_t m = 0; m < rows; ++m) lse[m] = maxima[m] * ln2 + logf(sums[m]);
+            }
+            for (int64_t m = 0; m < statistics; m += lanes) store(sums + m, 1 / load(sums + m));
+
+            const Rows<T> all = output_rows<T>(a, item), out = {all[first], all.stride};
+            if (size % lanes == 0) {
+                multiply<Kind>(rows, size, steps, by_rows(p, stride), row_major(v, width), Context<Kind, T>{out, sums});
+            } else {
+                multiply<Kind>(rows, size, steps, by_rows(p, stride), row_major(v, width), Sums{o, width});
+                for (int64_t m = 0; m < rows; ++m) store_row(out[m], o + m * width, size, sums[m]);
+            }
+        }
+    }
 }
 
 // The backward's elementwise part, for one query. On entry p holds scores and ds holds dO V^T; on exit p holds the

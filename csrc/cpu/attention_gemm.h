@@ -1,11 +1,10 @@
 // Small matrix products C = A B, in cache and summed in float32: what attention.cpp does most of the time.
 //
 // One idea carries every product of the forward and the backward: a tile of C, `tile_rows` x `tile_vecs` vectors,
-// stays in registers for the whole depth of the product. A step of the depth is a word of four bytes: a float, or a pair
-// of bfloat16 where the processor multiplies those. It reads tile_vecs vectors of one row of B and broadcasts a word of
-// each of tile_rows rows of A, so that a load feeds several multiply-adds and the FMA units, not the caches, set the
-// pace. Vectors run along the columns of B and C; A is only ever broadcast, and may therefore have any strides: P and
-// P^T are the same memory.
+// stays in registers for the whole depth of the product. A step of the depth is a word of four bytes: a float, or a
+// pair of bfloat16 where the processor multiplies those. It reads tile_vecs vectors of one row of B and broadcasts a
+// word of each of tile_rows rows of A, so that a load feeds several multiply-adds and the FMA units, not the caches,
+// set the pace. Vectors run along the columns of B and C; A is only ever broadcast: P and P^T are the same memory.
 #pragma once
 
 #include <utility>
@@ -19,6 +18,11 @@ namespace bertfast::BERTFAST_ISA {
 constexpr int tile_rows = lanes == 16 ? 14 : 6;
 constexpr int tile_vecs = 2;
 constexpr int tile_cols = tile_vecs * lanes;
+// Rows of a tile that is one vector wide.
+constexpr int column_rows = lanes > tile_rows ? lanes : tile_rows;
+
+// For methods and lambdas: one that is called would take a whole tile out of the registers.
+#define BERTFAST_METHOD __attribute__((always_inline))
 
 BERTFAST_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -28,9 +32,9 @@ BERTFAST_INLINE VecU load_words(const void* p) {
     return v;
 }
 
-// What a product multiplies: the type of the elements, how many of them are a word, sum + x . w for each lane's word,
-// and how words are made of a tensor's elements. words() takes the next n elements of a row, at most a vector of words;
-// pack() makes `rows` rows of floats into rows of words along the columns, elements_in_word rows of src to a row of dst.
+// What a product multiplies: the type of an element, how many of them are a word, and sum + x . w for each lane's word.
+// words() are the next n elements of a row, at most a vector of words, filled up with zeros. pack() makes words along
+// the columns instead: a row of dst of `elements` rows of src. narrow() stores a result as elements.
 struct Floats {
     using Element = float;
     static constexpr int64_t elements = 1;
@@ -50,9 +54,15 @@ struct Floats {
             for_columns(cols, [&](int64_t j, auto n) { store(dst + j, load(src + j, n)); });
     }
 
+    // dst[0, 2 lanes) = (a, b), in dst's type; and dst[0, lanes) = a.
     template <class T>
-    BERTFAST_INLINE void narrow_to(T* dst, Vec v) {
-        store(dst, v);
+    BERTFAST_INLINE void narrow(T* dst, Vec a, Vec b) {
+        store(dst, a);
+        store(dst + lanes, b);
+    }
+    template <class T>
+    BERTFAST_INLINE void narrow(T* dst, Vec a) {
+        store(dst, a);
     }
 };
 
@@ -84,49 +94,66 @@ struct Pairs {
             }
     }
 
-    BERTFAST_INLINE void narrow_to(bfloat16* dst, Vec v) {
-        const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    BERTFAST_INLINE void narrow(bfloat16* dst, Vec a, Vec b) {
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        std::memcpy(dst, &both, sizeof both);
+    }
+    BERTFAST_INLINE void narrow(bfloat16* dst, Vec a) {
+        const __m256bh half = _mm512_cvtneps_pbh((__m512)a);
         std::memcpy(dst, &half, sizeof half);
     }
 };
 #endif
 
-struct MatrixA {                      // word (m, k) at data + m * row + k * column, in bytes
+// A: word (m, k) is at data + m * row + k * column, in bytes; the words of a row, or of a column, are neighbours.
+struct ByRows {
     const void* data;
-    int64_t row, column;
+    int64_t row;
+    static constexpr int64_t column = 4;
+};
+struct ByColumns {
+    const void* data;
+    int64_t column;
+    static constexpr int64_t row = 4;
 };
 struct MatrixB {                      // word (k, n) at data[n / tile_cols * panel + k * row + n % tile_cols]
     const float* data;
     int64_t row, panel;
 };
 
-// A matrix of words whose rows are `row` apart, and its transpose.
-BERTFAST_INLINE MatrixA by_rows(const float* data, int64_t row) { return {data, 4 * row, 4}; }
-BERTFAST_INLINE MatrixA by_columns(const float* data, int64_t row) { return {data, 4, 4 * row}; }
+// A matrix of words whose rows are `row` of them apart, and its transpose.
+BERTFAST_INLINE ByRows by_rows(const float* data, int64_t row) { return {data, 4 * row}; }
+BERTFAST_INLINE ByColumns by_columns(const float* data, int64_t row) { return {data, 4 * row}; }
 
 // Rows of B may also stand one behind another, as usual: a panel is then just the next tile_cols columns.
 BERTFAST_INLINE MatrixB row_major(const float* data, int64_t row) { return {data, row, tile_cols}; }
 
-// Where C goes: begin() is what lanes [n, n + lanes) of its row m start from, end() takes their sums.
+// Where C goes: begin() is what lanes [n, n + lanes) of its row m start from, end() takes the sums from column n on.
 struct Sums {                         // += where `accumulate`
     float* data;
     int64_t row;
     bool accumulate = false;
 
-    Vec begin(int64_t m, int64_t n) const { return accumulate ? load(data + m * row + n) : Vec{}; }
-    void end(int64_t m, int64_t n, Vec sum) const { store(data + m * row + n, sum); }
+    BERTFAST_METHOD Vec begin(int64_t m, int64_t n) const { return accumulate ? load(data + m * row + n) : Vec{}; }
+    template <int vecs>
+    BERTFAST_METHOD void end(int64_t m, int64_t n, const Vec (&sum)[vecs]) const {
+        for (int i = 0; i < vecs; ++i) store(data + m * row + n + i * lanes, sum[i]);
+    }
 };
 struct Scaled {
     float* data;
     int64_t row;
     float factor;
 
-    Vec begin(int64_t, int64_t) const { return Vec{}; }
-    void end(int64_t m, int64_t n, Vec sum) const { store(data + m * row + n, sum * factor); }
+    BERTFAST_METHOD Vec begin(int64_t, int64_t) const { return Vec{}; }
+    template <int vecs>
+    BERTFAST_METHOD void end(int64_t m, int64_t n, const Vec (&sum)[vecs]) const {
+        for (int i = 0; i < vecs; ++i) store(data + m * row + n + i * lanes, sum[i] * factor);
+    }
 };
 
-template <class Kind, int rows, int vecs, class C>
-void multiply_tile(int64_t words, MatrixA a, MatrixB b, C c, int64_t row, int64_t col) {
+template <class Kind, int rows, int vecs, class A, class C>
+void multiply_tile(int64_t words, const A& a, const MatrixB& b, const C& c, int64_t row, int64_t col) {
     Vec sum[rows][vecs];
 #pragma GCC unroll 16
     for (int m = 0; m < rows; ++m)
@@ -147,33 +174,36 @@ void multiply_tile(int64_t words, MatrixA a, MatrixB b, C c, int64_t row, int64_
         }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < vecs; ++n) c.end(row + m, col + n * lanes, sum[m][n]);
+    for (int m = 0; m < rows; ++m) c.end(row + m, col, sum[m]);
 }
 
-template <class Kind, int rows, int vecs, class C>
-void multiply_rows(int64_t count, int64_t words, MatrixA a, MatrixB b, C c, int64_t row, int64_t col) {
-    if (count == rows)
-        multiply_tile<Kind, rows, vecs>(words, a, b, c, row, col);
-    else if constexpr (rows > 1)
-        multiply_rows<Kind, rows - 1, vecs>(count, words, a, b, c, row, col);
+// multiply_tile for a number of rows from 1 on.
+template <class Kind, int vecs, class A, class C, int... i>
+auto tile_of(int64_t rows, std::integer_sequence<int, i...>) {
+    using Tile = decltype(&multiply_tile<Kind, 1, vecs, A, C>);
+    static constexpr Tile tiles[] = {multiply_tile<Kind, i + 1, vecs, A, C>...};
+    return tiles[rows - 1];
 }
 
-// C[rows, cols] = A[rows, words] B[words, cols]. Columns are taken in whole vectors: B is read and C is written up to the
-// next multiple of `lanes`. Rows are divided evenly among tiles. An element's sum runs over the depth in order, whatever
-// tile it falls in, so that neither this nor splitting the rows among calls changes a bit.
-template <class Kind = Floats, class C>
-void multiply(int64_t rows, int64_t cols, int64_t words, MatrixA a, MatrixB b, C c) {
-    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+template <class Kind, int vecs, int max_rows, class A, class C>
+void multiply_panel(int64_t rows, int64_t words, const A& a, const MatrixB& b, const C& c, int64_t col) {
+    const int64_t tiles = (rows + max_rows - 1) / max_rows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
+        tile_of<Kind, vecs, A, C>(count, std::make_integer_sequence<int, max_rows>())(words, a, b, c, row, col);
+    }
+}
+
+// C[rows, cols] = A[rows, words] B[words, cols]. Columns are taken in whole vectors: B is read and C is written up to
+// the next multiple of `lanes`. Rows are divided evenly among tiles. An element's sum runs over the depth in order,
+// whatever tile it falls in, so that neither this nor splitting the rows among calls changes a bit.
+template <class Kind = Floats, class A, class C>
+void multiply(int64_t rows, int64_t cols, int64_t words, const A& a, MatrixB b, const C& c) {
     for (int64_t col = 0; col < cols; col += tile_cols) {
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
-            if (cols - col <= lanes)
-                multiply_rows<Kind, tile_rows, 1>(count, words, a, b, c, row, col);
-            else
-                multiply_rows<Kind, tile_rows, tile_vecs>(count, words, a, b, c, row, col);
-        }
+        if (cols - col <= lanes)
+            multiply_panel<Kind, 1, column_rows>(rows, words, a, b, c, col);
+        else
+            multiply_panel<Kind, tile_vecs, tile_rows>(rows, words, a, b, c, col);
         b.data += b.panel;
     }
 }
