@@ -44,7 +44,7 @@ def _share_openmp(module: ModuleType) -> str:
 
 
 def _choose_isa(module: ModuleType) -> None:
-    """BERTFAST_CPU_ISA=avx512_bf16|avx512_vnni|avx512|avx2|baseline overrides the choice by the processor. ValueError if it cannot."""
+    """BERTFAST_CPU_ISA, one of `available_isas()`, overrides the choice by the processor. ValueError if it cannot."""
     wanted = os.environ.get("BERTFAST_CPU_ISA")
     if wanted:
         try:
