@@ -6,7 +6,7 @@ from bertfast import backend, ops
 from bertfast.architectures import Family, families, register_family
 from bertfast.attention_interface import register_attention
 from bertfast.config import BertConfig
-from bertfast.errors import BackendError, BertfastError, CheckpointError, UnsupportedModelError
+from bertfast.errors import BackendError, BertfastError, CheckpointError, QuantizationError, UnsupportedModelError
 from bertfast.heads import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -19,6 +19,7 @@ from bertfast.heads import (
 from bertfast.model import BertModel
 from bertfast.packing import FlatteningCollator, PackedBatch, Packing, PackingCollator
 from bertfast.patching import explain, patch, unpatch
+from bertfast.runtime.quantization import QuantizationReport, quantize, unquantize
 
 try:
     __version__ = metadata.version("bertfast")
@@ -43,6 +44,8 @@ __all__ = [
     "PackedBatch",
     "Packing",
     "PackingCollator",
+    "QuantizationError",
+    "QuantizationReport",
     "UnsupportedModelError",
     "__version__",
     "backend",
@@ -50,7 +53,9 @@ __all__ = [
     "families",
     "ops",
     "patch",
+    "quantize",
     "register_attention",
     "register_family",
     "unpatch",
+    "unquantize",
 ]

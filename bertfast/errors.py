@@ -4,6 +4,8 @@
 keep their usual meaning.
 """
 
+from typing import Any
+
 
 class BertfastError(Exception):
     """Base of the exceptions below."""
@@ -23,3 +25,14 @@ class UnsupportedModelError(BertfastError, TypeError):
 
 class DataError(BertfastError, ValueError):
     """A file to train on, or to predict, is not what it should be: the message names the file and the line."""
+
+
+class QuantizationError(BertfastError):
+    """A model would answer too differently in int8, and was left as it was. report: what was measured."""
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message, report)
+        self.report = report
+
+    def __str__(self) -> str:
+        return self.args[0]

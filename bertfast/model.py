@@ -195,6 +195,7 @@ class BertEncoder(nn.Module):
             BertLayer(config, LayerPacks.empty(operand) if pack_weights else LayerPacks())
             for _ in range(config.num_hidden_layers)
         )
+        self.operand = operand
         self.native = OwnEncoder()
 
     def forward(self, hidden: Tensor, packing: Packing, states: list[Tensor] | None = None) -> Tensor:

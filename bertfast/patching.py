@@ -6,6 +6,7 @@ base model (see `bertfast.seams` and `bertfast.planning`).
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
@@ -280,27 +281,19 @@ def _explain(name: str, model: nn.Module) -> BackboneReport:
         calls={kind: state.calls[kind] for kind in ("packed", "rectangle", "stock")},
         reasons=dict(state.reasons),
         native_calls=state.calls["native"],
-        encoder=_describe_encoder(state, layers),
+        encoder=_describe_encoder(state, layers, about["dtype"]),
         ops={line: {"backend": c.backend, "refused": dict(c.refused)} for line, c in choices.items()},
         packed_bytes=sum(m.__dict__[STATE].packs.nbytes for m in layers if STATE in m.__dict__),
     )
 
 
-def _describe_encoder(state: BackboneState, layers: list[nn.Module]) -> str:
-    """How the layers run in inference."""
-    multiplied = _describe_operands([m.__dict__[STATE].packs for m in layers if STATE in m.__dict__])
-    return f"{_describe_calls(state)}{multiplied and f', multiplying {multiplied}'}"
-
-
-def _describe_operands(packs: list[LayerPacks]) -> str:
-    """What the GEMMs multiply where it is not what the weights are: "int8, bfloat16 in layer 3: down"."""
-    places = {(i, gemm): place.operand for i, p in enumerate(packs) for gemm, place in p._asdict().items() if place}
-    counts = Counter(operand or "what the weights are" for operand in places.values())
-    if not counts or set(counts) == {"what the weights are"}:
-        return ""
-    most = counts.most_common(1)[0][0]
-    others = [f"{o or 'what the weights are'} in layer {i}: {gemm}" for (i, gemm), o in places.items() if o != most]
-    return ", ".join([most, *others])
+def _describe_encoder(state: BackboneState, layers: list[nn.Module], dtype: str) -> str:
+    """How the layers run in inference: "one native call (avx2), multiplying int8, bfloat16 in layer 3 down"."""
+    found = [m.__dict__[STATE].packs._asdict().items() for m in layers if STATE in m.__dict__]
+    operands = {f"layer {i} {gemm}": p.operand or dtype for i, packs in enumerate(found) for gemm, p in packs if p}
+    most = Counter(operands.values()).most_common(1)
+    others = [f"{operand} in {place}" for place, operand in operands.items() if operand != most[0][0]]
+    return ", ".join([_describe_calls(state), *(f"multiplying {operand}" for operand, _ in most), *others])
 
 
 def _describe_calls(state: BackboneState) -> str:
@@ -308,10 +301,9 @@ def _describe_calls(state: BackboneState) -> str:
         return "op by op: relative positions"
     if state.snapshot is None:
         return "op by op, until a first call in evaluation mode has found nothing that asks for it"
-    native_encoder = state.snapshot.native
-    if native_encoder.refusal is not None:
-        return f"op by op: {native_encoder.refusal}"
-    return f"one native call ({native.cpu.isa()}), multiplying {', '.join(native_encoder.operands)}"
+    if state.snapshot.native.refusal is not None:
+        return f"op by op: {state.snapshot.native.refusal}"
+    return f"one native call ({native.cpu.isa()})"
 
 
 def _choices(weight: Tensor, head_size: int) -> dict[str, backend.Choice]:
