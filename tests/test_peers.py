@@ -18,6 +18,8 @@ pytest.importorskip("transformers")
 import transformers
 
 import bertfast
+import bertfast.machine
+from benchmarks import accuracy
 from benchmarks.peers import PEERS, Setting, Unavailable, chosen, derived
 from benchmarks.peers.peer import imported
 
@@ -232,6 +234,31 @@ def test_bertfast_runs_fused_without_padding_and_with_the_weights_that_its_name_
     for report in (ours, unpacked):
         assert report.calls == {"packed": 1, "rectangle": 0, "stock": 0}, str(report)
     assert ours.options["pack_weights"] and not unpacked.options["pack_weights"] and not unpacked.packed_bytes
+
+
+@pytest.mark.parametrize(("precision", "operand"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8")])
+def test_bertfast_computes_in_the_precision_on_float32_weights(models, monkeypatch, precision, operand):
+    patched = []
+    patch = bertfast.patch
+    monkeypatch.setattr(bertfast, "patch", lambda *a, **k: patched.append(patch(*a, **k)) or patched[-1])
+    output = prepared("bertfast", setting(models[""], precision=precision))(make_batch(5, 2))
+    assert output.dtype == torch.float32 and {p.dtype for p in patched[0].parameters()} == {torch.float32}
+    encoder = bertfast.explain(patched[0]).backbones[0].encoder
+    assert operand in encoder, encoder
+
+
+def test_bertfast_says_why_it_does_not_quantise(models, monkeypatch):
+    monkeypatch.setitem(accuracy.LIMITS, "int8", accuracy.Limit(float("inf"), 1.0))
+    with pytest.raises(Unavailable, match="in int8 the model's answers differ by more than the limits"):
+        PEERS["bertfast"].prepare(setting(models[""], precision="int8"))
+    with pytest.raises(Unavailable, match="int8 is for CPUs"):
+        PEERS["bertfast"].prepare(setting(models[""], precision="int8")._replace(device="cuda"))
+
+
+def test_bertfast_without_instructions_for_bfloat16_does_not_pass_off_float32_as_it(models, monkeypatch):
+    monkeypatch.setattr(bertfast.machine, "has_bfloat16", lambda: False)
+    with pytest.raises(Unavailable, match="no instructions for bfloat16"):
+        PEERS["bertfast"].prepare(setting(models[""], precision="bfloat16"))
 
 
 def test_hugging_face_runs_the_attention_that_the_name_says(models, monkeypatch):
