@@ -1,4 +1,4 @@
-"""What a release has to reach on a CPU: least speed-ups over Hugging Face with sdpa, and least shares of the roofline."""
+"""What a release has to reach on a CPU: least speed-ups over Hugging Face with sdpa, least shares of the roofline."""
 
 from typing import NamedTuple
 

@@ -15,11 +15,12 @@ from browser import CHROMIUM, Browser
 
 from benchmarks import results
 from benchmarks.report import __main__ as report
-from benchmarks.report import comparison, lines, markdown, page, tables, words
+from benchmarks.report import comparison, lines, markdown, page, precisions, tables, words
 from benchmarks.report.cells import Cell
 from benchmarks.report.lines import Lines
 
 ALL = ("1x16", "8x128", "32x128 ragged", "rerank 32 pairs")
+OURS_HALF = ("bertfast", "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_only_what_stands_between_the_markers_is_written(shown):
 @pytest.mark.parametrize(
     ("readme", "message"),
     [
-        (block("mian"), "'mian': choose from main, peers, training"),
+        (block("mian"), "'mian': choose from main, precisions, peers, training"),
         (block("main").removesuffix("<!-- end of results main -->"), "no end"),
     ],
 )
@@ -139,10 +140,17 @@ def test_the_main_table_says_what_the_lines_say(shown):
         assert row["bertfast"].text == f"{1e3 * ours['median_s']:.1f} ms"
         assert row["speed-up"].text == f"{speedup['value']:.2f}×" and row["speed-up"].strong
         assert row["speed-up"].detail == f"({speedup['low']:.2f}–{speedup['high']:.2f})"
+        over = ours["speedup_over_float32"]
+        assert row["over float32"].text == words.times(over["value"])
+        assert row["over float32"].detail == f"({words.times(over['low'])[:-1]}–{words.times(over['high'])[:-1]})"
         assert row["without packed weights"].text == f"{unpacked['speedup']['value']:.2f}×"
         assert row["error: Hugging Face / bertfast"].value == ours["error"]["max"]
         assert row["memory"].text == f"{100 * ours['peak_bytes'] / stock['peak_bytes']:.0f} %"
-        assert row["goal"].text == ("2.4×" if ours["workload"] == "1x16" and precision == "float32" else "–")
+        if ours["workload"] == "1x16":
+            stated = {"float32": ("2.4×", ""), "bfloat16": ("4×", "over float32")}[precision]
+            assert (row["goal"].text, row["goal"].detail) == stated
+        else:
+            assert row["goal"].text == "–"
     assert [row["workload"].text for row in cells(table)][::2] == [
         "BERT-base, 1 × 16",
         "BERT-base, 8 × 128, no padding",
@@ -150,6 +158,71 @@ def test_the_main_table_says_what_the_lines_say(shown):
         "BERT-base, rerank 32 pairs, 50 % full",
     ]
     assert "AMD EPYC, 2 threads, PyTorch 2.13.0+cpu" in table.caption and "222222222222, 111111111111" in table.caption
+
+
+def test_a_goal_of_before_is_over_the_precision_of_its_line():
+    (line,) = (x for x in synthetic.measurements("run-1", ("1x16",)) if (x["peer"], x["precision"]) == OURS_HALF)
+    del line["goal_over"], line["speedup_over_float32"]
+    (row,) = cells(tables.main(Lines({"run-1": synthetic.environment("run-1")}, [line]))[0])
+    assert (row["goal"].text, row["goal"].detail) == ("4×", "") and row["over float32"].value is None
+    assert "measured before" in row["over float32"].note
+
+
+def all_precisions(*workloads: str, **changes: dict) -> list[tables.Table]:
+    """The tables of what each precision buys; changes: of bertfast's lines in a precision."""
+    lines = synthetic.measurements("run-1", workloads)
+    ours = [line for line in lines if (line["peer"], line["precision"]) == ("bertfast", "float32")]
+    for line in ours:
+        ratio = {end: 3 * value for end, value in line["speedup"].items()}
+        more = {"precision": "int8", "speedup": ratio, "speedup_over_float32": ratio, "goal": 6.5, "roofline_goal": 0.6}
+        lines.append(line | more | {"goal_over": "float32", "error": {"max": 0.2, "mean": 0.1, "cosine": 0.98765}})
+    for line in lines:
+        if line["peer"] == "bertfast":
+            line |= changes.get(line["precision"], {})
+    return precisions.side_by_side(Lines({"run-1": synthetic.environment("run-1")}, lines))
+
+
+def test_what_each_precision_buys_is_over_hugging_face_in_float32():
+    speed, errors, shares = all_precisions("1x16", "8x128", "rerank 32 pairs")
+    assert speed.columns[:5] == (
+        *("workload", "Hugging Face float32", "bertfast float32", "bertfast bfloat16", "bertfast int8"),
+    )
+    assert speed.columns[5:] == ("OpenVINO float32", "OpenVINO bfloat16", "ONNX Runtime int8")
+    assert speed.remarks == ("CTranslate2 float32: ctranslate2 is not installed: pip install 'bertfast[bench]'",)
+    assert [row["workload"].text for row in cells(speed)] == ["BERT-base, 1 × 16", "BERT-base, 8 × 128, no padding"]
+    row = cells(speed)[0]
+    assert row["Hugging Face float32"].value == pytest.approx(0.06, rel=0.02)
+    assert row["bertfast bfloat16"].value == pytest.approx(5.0, rel=0.02), "and not 2.5, over bfloat16"
+    assert row["OpenVINO bfloat16"].value == pytest.approx(2.4, rel=0.02)
+    assert row["ONNX Runtime int8"].value == pytest.approx(3.2, rel=0.02)
+    assert row["bertfast int8"].detail == "(goal 6.5×)" and row["bertfast bfloat16"].detail == "(goal 4×)"
+    assert row["OpenVINO bfloat16"].detail == "", "goals are bertfast's"
+    strong = [column for column in speed.columns if row[column].strong]
+    assert strong == ["bertfast float32", "bertfast bfloat16", "bertfast int8"]
+    wrong = cells(speed)[1]["ONNX Runtime int8"]
+    assert wrong.text == "–" and "inaccurate" in wrong.note
+    assert errors.columns == ("workload", "Hugging Face float32", "Hugging Face bfloat16", *speed.columns[2:])
+    row = cells(errors)[0]
+    assert (row["bertfast int8"].text, row["bertfast int8"].detail) == ("2.0e-01", "(cosine 0.9877)")
+    assert (row["bertfast float32"].text, row["bertfast float32"].detail) == ("3.0e-06", "")
+    row = cells(shares)[0]
+    assert (row["bertfast int8"].text, row["bertfast int8"].detail) == (row["bertfast float32"].text, "(goal 60 %)")
+    assert row["bertfast float32"].detail == "" and shares.columns[1:] == tuple(c.title for c in precisions.BERTFAST)
+
+
+def test_the_best_of_each_precision_is_in_bold_whoever_it_is():
+    slow = {end: 0.5 for end in ("value", "low", "high")}
+    speed, *_ = all_precisions("1x16", int8={"speedup_over_float32": slow})
+    (row,) = cells(speed)
+    assert row["ONNX Runtime int8"].strong and not row["bertfast int8"].strong and row["bertfast float32"].strong
+
+
+def test_a_bertfast_that_refuses_to_be_quantised_says_why():
+    refused = {"status": "skipped", "reason": "in int8 the model's answers differ"}
+    speed, *_ = all_precisions("1x16", int8=refused)
+    assert "bertfast int8" not in speed.columns
+    assert "bertfast int8: in int8 the model's answers differ" in speed.remarks
+    assert precisions.side_by_side(Lines({}, [])) == []
 
 
 def test_of_each_thing_the_newest_run_is_shown_whatever_the_order(suite):
@@ -493,7 +566,7 @@ def browser(written, tmp_path_factory):
 
 
 def test_a_browser_shows_tables_and_plots_without_complaint(browser, drawn):
-    for what, number in (("table", 6), ("figure svg", len(drawn))):
+    for what, number in (("table", 9), ("figure svg", len(drawn))):
         sizes = browser.run(
             f"[...document.querySelectorAll('{what}')].map(e => [e.clientWidth, e.getBoundingClientRect().height])"
         )
@@ -517,7 +590,7 @@ def test_a_click_sorts(browser):
     browser.click("#main-0 th button", 1)
     assert column(browser, "main-0", 1) == ["bfloat16"] * 4 + ["float32"] * 4
     states = browser.run("[...document.querySelectorAll('#main-0 th[aria-sort]')].map(e => e.ariaSort)")
-    assert states == ["none", "ascending", *["none"] * 7]
+    assert states == ["none", "ascending", *["none"] * 8]
 
 
 def test_what_has_no_value_stays_at_the_end_either_way(browser):

@@ -36,6 +36,24 @@ def speedup(line: Line | None) -> Cell:
     return Cell(words.times(line["speedup"]["value"]), line["speedup"]["value"])
 
 
+def over_float32(line: Line | None, interval: bool = False) -> Cell:
+    """A peer's speed-up over the baseline in float32, of the same rounds."""
+    if line is None or not comparable(line):
+        return missing(line)
+    ratio = float32_ratio(line)
+    if ratio is None:
+        return Cell("–", note="measured before ratios to Hugging Face in float32 were, or without it in the same run")
+    detail = f"({words.times(ratio['low']).removesuffix('×')}–{words.times(ratio['high']).removesuffix('×')})"
+    return Cell(words.times(ratio["value"]), ratio["value"], detail=detail if interval else "")
+
+
+def float32_ratio(line: Line) -> dict[str, float] | None:
+    """The ratio itself. Older lines have it where it was the only one there is."""
+    if line["precision"] in ("float32", "int8"):
+        return line.get("speedup_over_float32") or line["speedup"]
+    return line.get("speedup_over_float32")
+
+
 def comparable(line: Line) -> bool:
     """Whether the line has a speed-up over Hugging Face."""
     return measured(line) and line["baseline"] == BASELINE and line["speedup"] is not None

@@ -53,6 +53,7 @@ EVERYTHING: dict[str, Callable[[Line], Cell]] = {
     "tokens/s": number("tokens_per_s", words.count),
     "sequences/s": number("sequences_per_s", words.count),
     "speed-up": number("speedup.value", words.times),
+    "over float32": number("speedup_over_float32.value", words.times),
     "largest error": number("error.max", "{:.1e}".format),
     "mean error": number("error.mean", "{:.1e}".format),
     "of the roofline": number("roofline_share", words.percent),

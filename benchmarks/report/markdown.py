@@ -4,7 +4,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 
-from benchmarks.report import tables
+from benchmarks.report import precisions, tables
 from benchmarks.report.cells import Cell
 from benchmarks.report.lines import Lines
 from benchmarks.report.tables import Table
@@ -13,6 +13,7 @@ WIDTH = 120
 # What may stand between the README's markers, by the name in them.
 BLOCKS: dict[str, Callable[[Lines], list[Table]]] = {
     "main": tables.main,
+    "precisions": precisions.side_by_side,
     "peers": tables.peers,
     "training": tables.training,
     "memory": tables.activations,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks.report import everything, tables, words
+from benchmarks.report import everything, precisions, tables, words
 from benchmarks.report.cells import Cell, comparable
 from benchmarks.report.figures import Plot
 from benchmarks.report.lines import CURVES, OURS, PRECISIONS, Line, Lines, machine
@@ -64,6 +64,7 @@ def sections(lines: Lines, plots: Sequence[Plot]) -> dict[str, list[str]]:
 
     found = {
         "bertfast against Hugging Face": listed(tables.main(lines), "main"),
+        "Precisions": listed(precisions.side_by_side(lines), "precisions"),
         "Against the other engines": listed(tables.peers(lines), "peers") + drawn("speedup"),
         "Lengths and batches": drawn("throughput", "latency", "scaling"),
         "Against the machine": drawn("roofline"),
@@ -112,10 +113,11 @@ def cards(lines: Lines) -> Iterator[str]:
         return
     yield '<dl class="cards">'
     for name, least, most, n in found:
+        stock = " in float32" if name.endswith("int8") else ""
         span = words.times(most) if n == 1 else f"{words.times(least).removesuffix('×')}–{words.times(most)}"
         yield (
             f'<div><dt>{escape(name)}</dt><dd class="figure">{span}</dd>'
-            f'<dd class="what">as fast as Hugging Face, {n} workload{"s" * (n > 1)}</dd></div>'
+            f'<dd class="what">as fast as Hugging Face{stock}, {n} workload{"s" * (n > 1)}</dd></div>'
         )
     yield "</dl>"
 
