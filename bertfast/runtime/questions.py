@@ -109,9 +109,10 @@ class Questions:
 
     def _limits(self, model: Any, tokenizer: Any) -> Iterator[float]:
         yield float(getattr(tokenizer, "model_max_length", None) or "inf")
-        for name in ("max_seq_length", "max_length"):
-            if isinstance(found := getattr(model, name, None), int):
-                yield found
+        if self._carries_tokenizer:
+            # Cross-encoders had `max_length` alone before sentence-transformers 6.
+            limit = getattr(model, "max_seq_length" if hasattr(model, "max_seq_length") else "max_length", None)
+            yield float(limit or "inf")
         for _, backbone, family in backbones(self._root):
             config = backbone.config
             yield config.max_position_embeddings - (family.positions == "running") * (config.pad_token_id + 1)
