@@ -1,7 +1,8 @@
 """What the machine in hand can do at best: the bandwidth of its memory, and the best GEMM's rate in each precision.
 
 GEMMs are those of BERT's layers on random data. On a CPU every library that PyTorch brings is tried: `F.linear`, oneDNN
-on weights packed once, and for int8 its quantised linear.
+on weights packed once, and for int8 its quantised linear; and bertfast's own GEMM, so that no share of a ceiling is
+large because the ceiling is low.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import timing
+from bertfast import native
+from bertfast.ops.packed import OPERANDS, Packed
 
 # (out_features, in_features) of the four GEMMs of a layer: query-key-value, attention output, up, down.
 GEMMS = {
@@ -63,7 +66,7 @@ def _read(device: str, size: int) -> float:
 def gemm(
     device: str, dtype: str, rows: int, columns: int, depth: int, precision: str = "highest", seconds: float = 0.3
 ) -> dict[str, Any]:
-    """TFLOP/s of x W^T by the fastest library."""
+    """TFLOP/s of x W^T by the fastest library, or by our own on a CPU."""
     kind = DTYPES[dtype]
     element = torch.empty((), dtype=kind).element_size()
     sets, cold = timing.input_sets(device, (rows * depth + columns * depth + rows * columns) * element)
@@ -73,6 +76,8 @@ def gemm(
     }
     if device == "cpu" and torch.backends.mkldnn.is_available():
         candidates["onednn packed"] = timing.Candidate(lambda: list(_packed(pairs)))
+    if device == "cpu" and native.cpu is not None and dtype in OPERANDS:
+        candidates["bertfast packed"] = timing.Candidate(lambda: list(_packed_by_us(dtype, pairs)))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -87,6 +92,12 @@ def _packed(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[Call]:
     for x, weight in pairs:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
         yield lambda x=x, w=packed: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+def _packed_by_us(dtype: str, pairs: list[tuple[Tensor, Tensor]]) -> Iterator[Call]:
+    for x, weight in pairs:
+        packed = Packed.of(dtype, [weight], [])
+        yield lambda x=x, packed=packed: packed.linear(x, "none")
 
 
 def _int8(rows: int, columns: int, depth: int, seconds: float) -> float:

@@ -418,6 +418,8 @@ class Harness:
         )
         ms = f"{1e3 * summary.median:9.2f} ms ({1e3 * summary.low:.2f} to {1e3 * summary.high:.2f})"
         ratio = "" if speedup is None else f" {speedup.value:.2f}x ({speedup.low:.2f} to {speedup.high:.2f})"
+        if over_float32 is not None and base[1] != "float32":
+            ratio += f", {over_float32.value:.2f}x over float32"
         self.say(f"{_name(case, key)} {ms}{ratio}, {summary.n} rounds")
 
 

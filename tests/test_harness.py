@@ -11,9 +11,11 @@ pytest.importorskip("transformers")
 from benchmarks import __main__ as command
 from benchmarks import accuracy, calibration, ceilings, goals, harness, models, results, roofline, training
 from benchmarks.contenders import Contenders, Ready, Refused
+from benchmarks.gpu import timing
 from benchmarks.harness import Case, Harness, fitting
 from benchmarks.peers import PEERS, Peer, Unavailable
 from benchmarks.workloads import Workload, find_workload
+from bertfast import native
 from bertfast.measure import Summary
 
 RAGGED = Workload("some", (9, 3, 7, 1), batch_size=2)
@@ -436,6 +438,22 @@ def test_ceilings_are_measured(monkeypatch):
     monkeypatch.setattr(ceilings, "_ROWS", 16)
     found = ceilings.measured("cpu", seconds=0.01)
     assert set(found) == {"copy", "read", "float32", "bfloat16", "int8"} and all(v > 1e7 for v in found.values())
+
+
+@pytest.mark.skipif(native.cpu is None, reason="needs the CPU kernels")
+def test_a_gemm_of_our_own_that_is_faster_raises_the_ceiling(monkeypatch):
+    tried = []
+
+    def measure(device, candidates, seconds):
+        tried.append(set(candidates))
+        for name, candidate in candidates.items():
+            for call in candidate.make():
+                call()
+        return {name: timing.Timing(2.0 - (name == "bertfast packed"), 0.0, 0.0, 5, "") for name in candidates}, {}
+
+    monkeypatch.setattr(timing, "measure", measure)
+    assert ceilings.gemm("cpu", "float32", 4, 8, 16)["flops"] == 2 * 4 * 8 * 16
+    assert tried == [{"library", "onednn packed", "bertfast packed"}]
 
 
 # ---- results

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,17 @@ from benchmarks.cases.case import BACKWARD, BOTH, FORWARD, Case
 from benchmarks.cases.embedding import embed_layer_norm
 from benchmarks.cases.feed_forward import feed_forward
 from benchmarks.cases.gelu import bias_gelu
-from benchmarks.cases.linear import projection, qkv
+from benchmarks.cases.linear import projection, qkv, quantised
 from benchmarks.cases.loss import masked_lm_loss
 from benchmarks.cases.masked_attention import masked_attention
 from benchmarks.cases.norm import residual_layer_norm
 from benchmarks.cases.shapes import SHAPES, Shape
-from bertfast import ops, reference
+from bertfast import native, ops, reference
 
 ROOT = Path(__file__).parent.parent
 BENCHES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
 LENGTHS = (3, 1, 4)
+TOLERANCE = {"float32": {"rtol": 1e-4, "atol": 1e-5}, "bfloat16": {"rtol": 2e-2, "atol": 2e-2}}
 
 
 def test_every_op_is_benched_in_both_directions():
@@ -72,6 +74,7 @@ def test_shapes_are_few_tokens_full_and_ragged():
         (qkv(2, 4, "bfloat16", "cpu"), 2 * 2 * 12 * 4, (8 + 48 + 24) * 2),
         (feed_forward(2, 3, 5, "float32", FORWARD, "cpu"), 4 * 2 * 3 * 5, (12 + 30) * 4),
         (feed_forward(2, 3, 5, "float32", BACKWARD, "cpu"), 8 * 2 * 3 * 5, (18 + 10 + 60) * 4),
+        (quantised(2, 3, 5, "none"), 2 * 2 * 3 * 5, 10 * 4 + 15 + 6 * 4),
         # One of five tokens is labelled.
         (masked_lm_loss(5, 3, "float32", FORWARD, "cpu", vocabulary=7), 2 * 7 * 3, (3 + 28) * 4),
         (masked_lm_loss(5, 3, "float32", BACKWARD, "cpu", vocabulary=7), 4 * 7 * 3, (3 + 15 + 56) * 4),
@@ -115,6 +118,37 @@ def test_peers_compute_the_same(name):
         if out.shape != gold.shape:  # padded
             out = out.transpose(1, 2)[validity(LENGTHS)]
         torch.testing.assert_close(out, gold, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [partial(projection, 5, 12, 8, "gelu"), partial(qkv, 5, 8)], ids=["gelu", "qkv"])
+def test_packed_weights_are_compared_with_those_that_onednn_packs(make, dtype):
+    case = make(dtype, "cpu", packed=True)
+    assert "oneDNN packed" not in make(dtype, "cpu").peers
+    inputs, peer = case.inputs(0), case.peers["oneDNN packed"]
+    (gold,) = case.results(case.gold, inputs)
+    made = peer.inputs(inputs)
+    assert any(torch.is_tensor(t) and t.is_mkldnn for t in made), "packed outside of what is timed"
+    torch.testing.assert_close(case.call(peer.function, made)(), gold, check_dtype=False, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_int8_is_exact_to_its_specification_and_compared_with_both(activation):
+    case = quantised(33, 40, 64, activation)
+    inputs = case.inputs(0)
+    found = check(case, ["cpu", "reference"], inputs)
+    if native.cpu is not None:
+        assert found["cpu"]["accurate"] and found["cpu"]["error"] < 1e-5
+    assert "only the CPU kernels" in found["reference"]["refused"]
+    # What is not rounded at all, or with one scale for all rows, is off by more than the specification allows.
+    for peer in case.peers.values():
+        out = case.call(peer.function, peer.inputs(inputs))()
+        error = (out - case.results(case.gold, inputs)[0]).abs().max()
+        assert out.dtype == torch.float32 and 1e-4 < error < 0.1
+    if torch.backends.mkldnn.is_available():
+        u, *_, weight, _, _, _ = case.peers["oneDNN u8 s8"].inputs(inputs)
+        assert u.dtype == torch.uint8 and weight.is_mkldnn
 
 
 @pytest.mark.parametrize("name", CASES)
