@@ -235,6 +235,8 @@ def test_texts_and_pairs(text_model: Any, tokenizer: Any) -> None:
     assert f"24 texts, {report.truncated} of them cut" in str(report)
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert bertfast.quantize(text_model, PAIRS, tokenizer=tokenizer, **LENIENT).truncated == 0
+    with pytest.raises(ValueError, match="between 1 and the 40 tokens"):
+        bertfast.quantize(text_model, TEXTS, tokenizer=tokenizer, max_length=41)
     long = [" ".join(["good"] * 60)] * 2
     assert bertfast.quantize(text_model, long, tokenizer=tokenizer, **LENIENT).truncated == 2
 
@@ -271,6 +273,10 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         bertfast.quantize(model, TEXTS, tokenizer=model.tokenizer)
     with pytest.raises(ValueError, match="max_seq_length"):
         bertfast.quantize(model, TEXTS, max_length=4)
+    with pytest.raises(ValueError, match="single texts"):
+        bertfast.quantize(model, PAIRS)
+    ready = model.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert [o.output for o in bertfast.quantize(model, [ready], **LENIENT).outputs] == ["embedding"]
     bertfast.unpatch(model)
     assert (model.encode(TEXTS) == before).all()
     cross = task_checkpoints.save_checkpoint(tmp_path / "cross", "BertForSequenceClassification", num_labels=1)
@@ -298,6 +304,25 @@ def test_the_way_back_and_patch_again() -> None:
     bertfast.quantize(bertfast.patch(bertfast.unpatch(model)), [batch()], **LENIENT)
     assert torch.equal(hidden(bertfast.unpatch(model)), before)
     assert bertfast.unquantize(model) is model
+
+
+@pytest.mark.parametrize("kind", ["patched", "native"])
+def test_the_way_back_to_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bertfast.machine.has_bfloat16", lambda: True)
+    if kind == "patched":
+        model = bertfast.patch(stock(), compute="bf16")
+    else:
+        model = bertfast.BertModel(bertfast.BertConfig(**SETTINGS), compute="bf16").eval()
+    bertfast.quantize(model, [batch()], **LENIENT)
+    assert set(operands(model)) == {"int8"}
+    bertfast.unquantize(model)
+    assert set(operands(model)) == {"bfloat16"}
+
+
+def test_rows_without_tokens() -> None:
+    mask = make_mask("empty row")
+    model = stock("BertForTokenClassification")
+    assert bertfast.quantize(model, [batch(attention_mask=mask)], **LENIENT).texts == 3
 
 
 def test_quantising_twice_compares_with_the_weights() -> None:
@@ -403,6 +428,12 @@ BAD = {
     "elsewhere": (lambda m: (m.to("meta"), [batch()]), ValueError, "is on meta"),
     "nan": (lambda m: (_with(m, _poke(float("nan"))), [batch()]), ValueError, r"layer\.1\.output\.dense\.weight"),
     "infinite": (lambda m: (_with(m, _poke(float("inf"))), [batch()]), ValueError, r"layer\.1\.output\.dense"),
+    "nothing valid": (
+        lambda m: (m, [batch(), batch() | {"attention_mask": torch.zeros(3, 11, dtype=torch.int64)}]),
+        ValueError,
+        "batch 1 has no token",
+    ),
+    "choices": (lambda m: (stock("BertForMultipleChoice"), ["a"]), ValueError, "multiple choice"),
     "not packed": (lambda m: (bertfast.patch(m, pack_weights=False), [batch()]), ValueError, "pack_weights"),
 }  # fmt: skip
 
@@ -412,7 +443,7 @@ def test_bad_input(case: str) -> None:
     arguments, kind, words = BAD[case]
     model, texts = arguments(stock())
     with pytest.raises(kind, match=words):
-        bertfast.quantize(model, texts)
+        bertfast.quantize(model, texts, tokenizer=(lambda *texts: {}) if case == "choices" else None)
     assert "int8" not in operands(model)
 
 

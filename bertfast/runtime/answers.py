@@ -54,7 +54,7 @@ class Agreement:
     def of(cls, output: str, before: Answer, after: Answer) -> "Agreement":
         """Of the same texts. What is no number agrees with nothing."""
         pairs = list(zip(before.values, after.values, strict=True))
-        largest = torch.stack([(b - a).abs().amax() for a, b in pairs]).amax().item()  # amax keeps a NaN
+        largest = torch.cat([(b - a).abs() for a, b in pairs]).amax().item()  # a NaN if there is one
         if before.kind == "embedding":
             cosines = torch.stack([_cosine(a.double(), b.double()) for a, b in pairs])
             worst = int(cosines.argmin())

@@ -87,9 +87,16 @@ class Questions:
             raise TypeError(
                 f"tokenizer must be one of transformers', which are called, not a {type(tokenizer).__name__}"
             )
+        if "MultipleChoice" in type(self._model).__name__:
+            raise ValueError("multiple choice takes batches of (batch, choices, seq_len) that are ready, not texts")
+        if self._encodes and isinstance(self._texts[0], tuple):
+            raise ValueError("a SentenceTransformer embeds single texts, not pairs")
         if self._encodes and max_length is not None:
             raise ValueError("a SentenceTransformer cuts texts itself: set its max_seq_length and leave out max_length")
-        limit = min(self._limits(model, tokenizer)) if max_length is None else max_length
+        limit = min(self._limits(model, tokenizer))
+        if max_length is not None and not 1 <= max_length <= limit:
+            raise ValueError(f"max_length must be between 1 and the {limit:.0f} tokens that the model takes")
+        limit = max_length or limit
         columns = tuple(zip(*self._texts, strict=True)) if isinstance(self._texts[0], tuple) else (self._texts,)
         cut = [list(column) for column in columns]
         lengths = [len(ids) for ids in tokenizer(*cut, truncation=False, verbose=False)["input_ids"]]
@@ -129,6 +136,8 @@ class Questions:
             raise ValueError(f"batch {number} has no input_ids of (batch, seq_len)")
         if "cu_seq_lens_q" in batch:
             raise ValueError(f"batch {number} is flattened: give rectangles of (batch, seq_len), padded")
+        if (mask := batch.get("attention_mask")) is not None and not bool(mask.any()):
+            raise ValueError(f"batch {number} has no token that attention_mask lets through")
         return batch
 
     def _outputs(self, batch: dict[str, Any]) -> Iterator[tuple[str, Kind, list[Tensor], list[Tensor]]]:
