@@ -210,6 +210,14 @@ def test_what_each_precision_buys_is_over_hugging_face_in_float32():
     assert row["bertfast float32"].detail == "" and shares.columns[1:] == tuple(c.title for c in precisions.BERTFAST)
 
 
+def test_the_page_says_that_int8_is_over_float32():
+    lines = [line for line in synthetic.measurements("run-1", ("1x16",)) if line["peer"] == "bertfast"]
+    lines += [line | {"precision": "int8"} for line in lines[:1]]
+    cards = "".join(page.cards(Lines({"run-1": synthetic.environment("run-1")}, lines)))
+    assert cards.count("as fast as Hugging Face,") == 2
+    assert cards.count("as fast as Hugging Face in float32,") == 1
+
+
 def test_the_best_of_each_precision_is_in_bold_whoever_it_is():
     slow = {end: 0.5 for end in ("value", "low", "high")}
     speed, *_ = all_precisions("1x16", int8={"speedup_over_float32": slow})
