@@ -89,15 +89,16 @@ def test_large_scores(native_implementation):
     assert out.isfinite().all() and (out - gold).abs().max() < 1e-3 * gold.abs().max()
 
 
-def test_nan_stays_in_its_sequence(native_implementation):
-    qkv = make_qkv([6, 9], 2, 32, torch.float32)
-    qkv[2] = float("nan")
-    out = varlen_attention(qkv, borders([6, 9]))
-    assert out[:6].isnan().all() and out[6:].isfinite().all()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_sequence(native_implementation, dtype):
+    qkv = make_qkv([9, 7, 8], 2, 32, dtype)
+    qkv[[9, 15]] = float("nan")  # next to either neighbour
+    before, inside, after = varlen_attention(qkv, borders([9, 7, 8])).split([9, 7, 8])
+    assert before.isfinite().all() and inside.isnan().all() and after.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "of"), [(32, 64), (32, 33), (5, 7)])
+@pytest.mark.parametrize(("size", "of"), [(32, 64), (32, 33), (5, 7), (32, 1024)])
 def test_strided_views(native_implementation, size, of, dtype):
     lengths = [5, 33]
     wide = torch.randn(38, 3, 2, of).to(dtype)
@@ -110,11 +111,12 @@ def test_strided_views(native_implementation, size, of, dtype):
     )
 
 
-def test_same_bits_whatever_the_threads(native_implementation):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_whatever_the_threads(native_implementation, dtype):
     if native_implementation == "triton":
         pytest.skip("its interpreter has one thread")
     lengths = [300, 5, 64, 17, 0, 1]
-    qkv, cu_seqlens = make_qkv(lengths, 3, 64, torch.float32).requires_grad_(), borders(lengths)
+    qkv, cu_seqlens = make_qkv(lengths, 3, 64, dtype).requires_grad_(), borders(lengths)
 
     def run():
         out = varlen_attention(qkv, cu_seqlens, dropout_p=0.1, seed=torch.tensor([3]))

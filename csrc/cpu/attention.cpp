@@ -91,7 +91,7 @@ int64_t head_cost(const VarlenAttention& a, int64_t length) { return length * (l
 // Long sequences come first, so that what the last threads are still busy with is short. An item is large enough to be
 // worth taking (some microseconds), and beyond that small enough for the threads to end together.
 Plan make_plan(const VarlenAttention& a, bool split_queries, int threads) {
-    constexpr int64_t least = 400000, items_per_thread = 16;
+    constexpr int64_t least = 500000, items_per_thread = 8;
     Sequence* const sequences = scratch<Sequence>(plan_slot, a.sequences);
     Plan plan = {sequences, 0, 0};
     int64_t cost = 0;
@@ -103,7 +103,8 @@ Plan make_plan(const VarlenAttention& a, bool split_queries, int threads) {
     const int64_t share = cost / (threads * items_per_thread), item = share < least ? least : share;
     qsort(sequences, static_cast<size_t>(plan.count), sizeof(Sequence), longest_first);
     for (Sequence* s = sequences; s < sequences + plan.count; ++s) {
-        const int64_t wanted = a.heads * head_cost(a, s->length) / item + 1;
+        int64_t wanted = (a.heads * head_cost(a, s->length) + item - 1) / item;
+        if (wanted > 1 && plan.count < threads) wanted = round_up(wanted, threads);
         const int64_t most = split_queries ? query_blocks(s->length) : 1;
         s->groups = wanted < a.heads ? wanted : a.heads;
         s->blocks = wanted / a.heads < 1 ? 1 : wanted / a.heads < most ? wanted / a.heads : most;
@@ -280,6 +281,10 @@ void forward_item(const VarlenAttention& a, Item item) {
     const int64_t length = item.length, keys = round_up(length, lanes), stride = score_stride(length);
     const int64_t size = a.head_size, width = round_up(size, lanes);
     const int64_t words = (size + elements - 1) / elements, steps = (length + elements - 1) / elements;
+    // Q is multiplied where it is if it consists of whole words there, and if its rows do not all fall into the same
+    // sets of the first-level cache.
+    const int64_t row_bytes = a.token_stride * static_cast<int64_t>(sizeof(T));
+    const bool in_place = sizeof(T) * elements == 4 && size % elements == 0 && row_bytes % 4096 != 0;
     const int64_t queries = item.last - item.first;
     const int64_t block = length <= lanes ? column_rows : tile_rows, blocks = (queries + block - 1) / block;
     float *k_transposed, *v, *q, *present, *p, *o, *multiplier;
@@ -307,8 +312,8 @@ void forward_item(const VarlenAttention& a, Item item) {
             const int64_t rows = item.first + (i + 1) * queries / blocks - first;
             if (item.head + 1 < item.last_head) prefetch_head<T>(a, item, item.head + 1, first, rows);
 
-            ByRows q_here = {q_rows[first], q_rows.stride * static_cast<int64_t>(sizeof(T))};
-            if (sizeof(T) * elements < 4 || size % elements) {  // not yet whole words
+            ByRows q_here = {q_rows[first], row_bytes};
+            if (!in_place) {
                 for (int64_t m = 0; m < rows; ++m) copy_words<Kind>(q_rows[first + m], size, q + m * width);
                 q_here = by_rows(q, width);
             }
