@@ -17,6 +17,7 @@ from bertfast.eligibility import (
     Refusal,
     Structure,
 )
+from bertfast.gate import Stack
 from bertfast.guard import Guard
 from bertfast.layer import LayerPacks
 from bertfast.packing import Packing
@@ -118,8 +119,8 @@ class HeadCall:
 
     model: nn.Module
     base: nn.Module
-    labels: Tensor | None
-    packing: Packing | None
+    labels: Tensor | None = None
+    packing: Packing | None = None
     words: Any = None
 
 
@@ -143,8 +144,8 @@ class _Calls(threading.local):
     """The calls under way in this thread: threads may share a model, so nothing of a call is kept on the model."""
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []
-        self.heads: list[HeadCall] = []
+        self.frames = Stack()  # of Frame
+        self.heads = Stack()  # of HeadCall
 
 
 calls = _Calls()

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bertfast import backend, native
 from bertfast.architectures import Family, Reads, families, head_of, role_of, stock_class
-from bertfast.calls import STATE, BackboneState, HeadState, LayerState
+from bertfast.calls import STATE, BackboneState, HeadState, LayerState, calls
 from bertfast.errors import UnsupportedModelError
+from bertfast.gate import closed
 from bertfast.layer import LayerPacks
 from bertfast.planning import after_backbone, after_head, before_backbone, before_head, pooled_tokens, span_logits
 from bertfast.runtime.compute import operand_of
@@ -57,9 +58,9 @@ def patch(
 
     What the fused path cannot do (decoders, attention maps, replaced submodules, torch.compile, ...) runs stock code
     for that call; `explain` counts it with the reason. Patching again changes the options, and undoes
-    `bertfast.quantize`. Patch before wrapping layers
-    in FSDP. Raises UnsupportedModelError where there is no supported model inside, ValueError for unknown options, and
-    for output_logits=False where there is no masked language model.
+    `bertfast.quantize`. Calls in other threads are waited for. Patch before wrapping layers in FSDP. Raises
+    UnsupportedModelError where there is no supported model inside, ValueError for unknown options, and for
+    output_logits=False where there is no masked language model; RuntimeError from within a call.
     """
     if padding not in ("exact", "drop"):
         raise ValueError(f'padding must be "exact" or "drop", not {padding!r}')
@@ -72,21 +73,22 @@ def patch(
             f"output_logits=False is for masked language models, and there is none in this {_name(type(model))}"
         )
     operand = operand_of(compute, pack_weights)
-    for _, backbone, family in found:
-        _patch_backbone(backbone, family, padding, pack_weights, operand)
-    for module in root.modules():
-        family, reads = head_of(type(module)) or (None, None)
-        base = None if family is None else getattr(module, family.prefix, None)
-        if isinstance(base, nn.Module) and isinstance(base.__dict__.get(STATE), BackboneState):
-            if reads == "summary":
-                reads = "first" if module.sequence_summary.summary_type == "first" else "all"
-            base.__dict__[STATE].reads = reads
-            if STATE not in module.__dict__:
-                _patch_head(module, family, reads)
-            state: HeadState = module.__dict__[STATE]
-            state.output_logits = output_logits or not scores_words(module)
-            if not state.output_logits:
-                withhold_from(module, state)
+    with closed(calls.frames, calls.heads):
+        for _, backbone, family in found:
+            _patch_backbone(backbone, family, padding, pack_weights, operand)
+        for module in root.modules():
+            family, reads = head_of(type(module)) or (None, None)
+            base = None if family is None else getattr(module, family.prefix, None)
+            if isinstance(base, nn.Module) and isinstance(base.__dict__.get(STATE), BackboneState):
+                if reads == "summary":
+                    reads = "first" if module.sequence_summary.summary_type == "first" else "all"
+                base.__dict__[STATE].reads = reads
+                if STATE not in module.__dict__:
+                    _patch_head(module, family, reads)
+                state: HeadState = module.__dict__[STATE]
+                state.output_logits = output_logits or not scores_words(module)
+                if not state.output_logits:
+                    withhold_from(module, state)
     return model
 
 
@@ -135,7 +137,12 @@ def unpatch(model: T) -> T:
     Does nothing to a model that is not patched. Raises UnsupportedModelError where a patched module was wrapped into
     another class afterwards, as FSDP does: undo that first.
     """
-    modules = [m for m in root_of(model).modules() if STATE in m.__dict__]
+    with closed(calls.frames, calls.heads):
+        _unpatch([m for m in root_of(model).modules() if STATE in m.__dict__])
+    return model
+
+
+def _unpatch(modules: list[nn.Module]) -> None:
     for module in modules:
         state = module.__dict__[STATE]
         if not is_seam(module) and not (isinstance(state, HeadState) or role_of(type(module)) is not None):
@@ -147,7 +154,6 @@ def unpatch(model: T) -> T:
         else:
             for handle in state.handles:
                 handle.remove()
-    return model
 
 
 def root_of(model: Any) -> nn.Module:

@@ -42,10 +42,15 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
         refuse_borders(model.config, kwargs)
         return None
     base = getattr(model, state.family.prefix)
+    head = HeadCall(model, base)
+    calls.heads.open(head, calls.frames)
+    if model.__dict__.get(STATE) is not state:  # unpatched meanwhile
+        calls.heads.pop()
+        return None
     arguments = bind(type(model), args, kwargs)
     packing = _take_flattened(model, state.family, arguments)
     if packing is None:
-        head = _open_head(model, base, state, arguments, None)
+        _fill(head, state, arguments, None)
         return None if head.words is None else ((), arguments)
     if STATE not in base.__dict__ or "_compiled_call_impl" in base.__dict__:
         raise flattened.mixing("the base model was replaced, wrapped or compiled after patching")
@@ -54,18 +59,14 @@ def before_head(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
             raise ValueError("multiple choice needs a rectangle of (batch, choices, seq_len): pad the batch")
         padding = getattr(model.config, "pad_token_id", None) or 0
         arguments, packing = flattened.to_rectangle(arguments, packing, padding, state.reads in ("labels", "all"))
-    _open_head(model, base, state, arguments, packing)
+    _fill(head, state, arguments, packing)
     return (), arguments
 
 
-def _open_head(
-    model: nn.Module, base: nn.Module, state: HeadState, arguments: dict[str, Any], packing: Packing | None
-) -> HeadCall:
-    """Note down a task model's call. Labels go out of the arguments where the loss is computed here."""
-    head = HeadCall(model, base, arguments.get("labels"), packing)
-    head.words = None if state.output_logits else word_loss.take(model, arguments)
-    calls.heads.append(head)
-    return head
+def _fill(head: HeadCall, state: HeadState, arguments: dict[str, Any], packing: Packing | None) -> None:
+    """Note down what a task model was called with. Labels go out of the arguments where the loss is computed here."""
+    head.labels, head.packing = arguments.get("labels"), packing
+    head.words = None if state.output_logits else word_loss.take(head.model, arguments)
 
 
 def _head_around(base: nn.Module) -> HeadCall | None:
@@ -129,7 +130,10 @@ def before_backbone(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         return None
     family = state.family
     frame = Frame(model, getattr(model, family.encoder_place, None))
-    calls.frames.append(frame)
+    calls.frames.open(frame, calls.heads)
+    if model.__dict__.get(STATE) is not state:  # unpatched meanwhile
+        calls.frames.remove(frame)
+        return None
     arguments = bind(type(model), args, kwargs)
     head = _head_around(model)
     known = _take_flattened(model, family, arguments) if head is None or head.packing is None else head.packing

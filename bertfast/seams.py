@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bertfast import flattened
 from bertfast.architectures import Role, bind, families, is_legacy, parameters_of, returns_tuples, role_of, stock_class
-from bertfast.calls import STATE, Frame, LayerState, Ticket, calls, count, structure_of
+from bertfast.calls import STATE, BackboneState, Frame, LayerState, Ticket, calls, count, structure_of
 from bertfast.eligibility import (
     EmbeddingReading,
     EmbeddingStructure,
@@ -47,33 +47,33 @@ class EmbeddingsSeam:
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in stock code; in a packed call with zeros at padding positions."""
-        if not traced():
+        state = self.__dict__.get(STATE)
+        if state is not None and not traced():
             frame = calls.frames[-1] if calls.frames else None
             if frame is not None and (frame.model is None or frame.model._modules.get("embeddings") is not self):
                 frame = None
             packing = None if frame is None else frame.packing
             arguments = bind(stock_class(type(self)), args, kwargs)
-            out = _embed(self, frame, arguments)
+            out = _embed(self, state, frame, arguments)
             if type(out) is not Refusal:
                 return out.view(*arguments["input_ids"].shape, out.shape[1]) if packing is None else packing.pad(out)
             if frame is not None:
                 frame.reasons.add(out)
                 if packing is not None and packing.is_flat and arguments.get("position_ids") is None:
                     raise ValueError(f"sequences in one row have no positions in stock code, which has to run: {out}")
-        return super().forward(*args, **kwargs)
+        return stock_class(type(self)).forward(self, *args, **kwargs)
 
 
 _EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
 
 
-def _embed(module: nn.Module, frame: Frame | None, arguments: dict[str, Any]) -> Tensor | Refusal:
+def _embed(module: nn.Module, state: BackboneState, frame: Frame | None, arguments: dict[str, Any]) -> Tensor | Refusal:
     """The fused embeddings, (tokens, hidden): of a packed call's tokens, or of the whole rectangle."""
     ids, types, positions = (arguments.get(name) for name in _EMBEDDED)
     if not isinstance(ids, Tensor) or any(
         isinstance(v, Tensor) or v for name, v in arguments.items() if name not in _EMBEDDED
     ):
         return Refusal("embeddings: given as a tensor")
-    state = module.__dict__[STATE]
     if frame is not None and frame.snapshot is not None and frame.snapshot.embeddings is module:
         reading: EmbeddingReading | Refusal = frame.snapshot.embedding_reading
     else:
@@ -127,7 +127,7 @@ class EncoderSeam:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in stock code. The layers are called as modules, so that their hooks and checkpointing work."""
-        if "cu_seq_lens_q" in kwargs:
+        if "cu_seq_lens_q" in kwargs and STATE in self.__dict__:
             refuse_borders(config_of(self, self.__dict__[STATE]), kwargs)
         if traced():
             return super().forward(*args, **kwargs)
@@ -136,13 +136,15 @@ class EncoderSeam:
             return _run(self, frames[-1], args, kwargs)
         # Somebody called `forward` of the model, not the model, as sentence-transformers 6 does, or this encoder alone.
         frame = Frame(None, self)
-        plan = plan_encoder(frame, bind(stock_class(type(self)), args, kwargs))
-        if type(plan) is Refusal:
-            frame.rectangle = plan
-        else:
-            frame.packing = plan
-        frames.append(frame)
+        frames.open(frame, calls.heads)
         try:
+            if STATE not in self.__dict__:  # unpatched meanwhile
+                return stock_class(type(self)).forward(self, *args, **kwargs)
+            plan = plan_encoder(frame, bind(stock_class(type(self)), args, kwargs))
+            if type(plan) is Refusal:
+                frame.rectangle = plan
+            else:
+                frame.packing = plan
             return _run(self, frame, args, kwargs)
         finally:
             frames.remove(frame)
@@ -204,13 +206,13 @@ class LayerSeam:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in stock code; (tokens, hidden) and a `Ticket` in place of hidden states and mask in a packed call."""
         ticket = args[1] if len(args) == 2 and type(args[1]) is Ticket else None
-        if ticket is None and traced():
-            return super().forward(*args, **kwargs)
-        state = self.__dict__[STATE]
+        state = self.__dict__.get(STATE)
+        if ticket is None and (state is None or traced()):  # no state: unpatched meanwhile
+            return stock_class(type(self)).forward(self, *args, **kwargs)
         if ticket is not None and ticket.snapshot is not None:
             x, reading = args[0], ticket.snapshot.layers.get(self)
             if reading is not None and x.dtype is reading.parameters.up_weight.dtype:
-                return _fused(self, x, _packed_attention(ticket, reading), reading, not autocast(x))
+                return _fused(state, x, _packed_attention(ticket, reading), reading, not autocast(x))
         if ticket is None:
             # The first two are the hidden states and the mask, whatever they are called.
             others = bind(stock_class(type(self)), args, kwargs)
@@ -240,15 +242,14 @@ class LayerSeam:
             return _repack(ticket, super().forward, x, reading)
         rows = x if ticket is not None else x.reshape(-1, x.shape[-1])
         keep = state.structure is structure and _keeps_weights(self, reading)
-        out = _fused(self, rows, attend, reading, keep)
+        out = _fused(state, rows, attend, reading, keep)
         return out if ticket is not None else _viewed(out, x.shape)
 
 
-def _fused(layer: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor], reading: LayerReading, keep: bool) -> Any:
+def _fused(state: LayerState, x: Tensor, attend: Callable[[Tensor], Tensor], reading: LayerReading, keep: bool) -> Any:
     """What the layer returns for these rows. keep: whether its weights can be recognised in the next call."""
     if calls.frames:
         calls.frames[-1].fused = True
-    state: LayerState = layer.__dict__[STATE]
     out = encoder_layer(x, attend, reading.parameters, reading.settings, state.packs if keep else LayerPacks())
     return (out, *state.family.layer_tail) if returns_tuples(state.family) else out
 
