@@ -232,6 +232,11 @@ def test_texts_and_pairs(text_model: Any, tokenizer: Any) -> None:
     report = bertfast.quantize(text_model, TEXTS, tokenizer=tokenizer, batch_size=5, max_length=6, **LENIENT)
     lengths = [len(ids) for ids in tokenizer(TEXTS)["input_ids"]]
     assert report.texts == 24 and report.truncated == sum(n > 6 for n in lengths) > 0
+    with torch.no_grad():
+        cut, short = (
+            Questions(text_model, t, tokenizer, n, 5).ask() for t, n in ((["a b c d e f"], 6), (["a b c d"], 6))
+        )
+    torch.testing.assert_close(cut["pooler"].values[0], short["pooler"].values[0])
     assert f"24 texts, {report.truncated} of them cut" in str(report)
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert bertfast.quantize(text_model, PAIRS, tokenizer=tokenizer, **LENIENT).truncated == 0
@@ -244,11 +249,14 @@ def test_texts_and_pairs(text_model: Any, tokenizer: Any) -> None:
 def test_texts_in_order_of_length_are_answered_in_theirs(text_model: Any, tokenizer: Any) -> None:
     few, one = (Questions(text_model, TEXTS, tokenizer, None, size) for size in (5, 1))
     with torch.no_grad():
-        a, b = (
-            few.ask()["pooler"].values,
-            [text_model(**tokenizer(t, return_tensors="pt")).pooler_output[0] for t in TEXTS],
-        )
-    torch.testing.assert_close(torch.stack(list(a)), torch.stack(b), atol=1e-5, rtol=1e-4)
+        answers = few.ask()
+        alone = [text_model(**tokenizer(text, return_tensors="pt")) for text in TEXTS]
+    for name, expected in (
+        ("pooler", [out.pooler_output[0] for out in alone]),
+        ("mean of tokens", [out.last_hidden_state[0].mean(0) for out in alone]),
+    ):
+        found = torch.stack(list(answers[name].values))
+        torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
     assert len(few.first(8).ask()["pooler"].values) < len(one) == 24
 
 
@@ -317,6 +325,12 @@ def test_the_way_back_to_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert set(operands(model)) == {"int8"}
     bertfast.unquantize(model)
     assert set(operands(model)) == {"bfloat16"}
+
+
+def test_labels_are_not_looked_at() -> None:
+    model = bertfast.patch(stock("BertForMaskedLM"), output_logits=False)
+    call = batch("BertForMaskedLM")
+    assert "labels" in call and bertfast.quantize(model, [call], **LENIENT).outputs[0].output == "logits"
 
 
 def test_rows_without_tokens() -> None:

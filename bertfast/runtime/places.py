@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from bertfast.calls import STATE, BackboneState
+from bertfast.calls import STATE, BackboneState, calls
 from bertfast.errors import UnsupportedModelError
+from bertfast.gate import closed
 from bertfast.layer import LayerPacks
 from bertfast.model import BertEncoder, BertLayer
 from bertfast.ops import PackedWeights
@@ -85,11 +86,12 @@ class Places:
         return [holder.packs for holder, _ in self._layers.values()]
 
     def put(self, packs: Sequence[LayerPacks]) -> None:
-        """Give each layer its packed weights."""
-        for (holder, _), layer_packs in zip(self._layers.values(), packs, strict=True):
-            holder.packs = layer_packs
-        for state in self._states:
-            state.snapshot = None
+        """Give each layer its packed weights, while no patched model is called."""
+        with closed(calls.frames, calls.heads):
+            for (holder, _), layer_packs in zip(self._layers.values(), packs, strict=True):
+                holder.packs = layer_packs
+            for state in self._states:
+                state.snapshot = None
 
     def set(self, operands: Mapping[Place, str]) -> None:
         """Have these GEMMs multiply so, and all others what they do unquantised. What stays keeps its weights."""

@@ -93,7 +93,8 @@ def quantize(
 
     The model answers the texts as it is and in int8. Where the two differ by more than the limits, the GEMMs that do
     most of it, as measured one by one, are kept in bfloat16 (float32 where the processor has none), as few as will do
-    and at most half. `unquantize` undoes it, and so do `unpatch` and a further `patch`.
+    and at most half. `unquantize` undoes it, and so do `unpatch` and a further `patch`. Calls of the model from other
+    threads meanwhile get some of one and some of the other.
 
     Weights stay what they are: state_dict, save_pretrained, training and calls that need gradients see no int8. Copies
     and pickles of the model stay int8. Weights that change afterwards are packed anew, in int8; what was measured is of
