@@ -305,8 +305,8 @@ def _describe_encoder(state: BackboneState, layers: list[nn.Module], dtype: str)
 def _describe_calls(state: BackboneState) -> str:
     if state.family.position_bias is not None:
         return "op by op: relative positions"
-    if state.snapshot is None:
-        return "op by op, until a first call in evaluation mode has found nothing that asks for it"
+    if state.snapshot is None or not state.snapshot.guard.holds():
+        return "op by op, until a call in evaluation mode has found nothing that asks for it"
     if state.snapshot.native.refusal is not None:
         return f"op by op: {state.snapshot.native.refusal}"
     return f"one native call ({native.cpu.isa()})"

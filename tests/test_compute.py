@@ -133,7 +133,7 @@ def test_wrong_options() -> None:
 
 def test_explain_before_a_call_and_without_packed_weights() -> None:
     model, call = patch(build(dtype=torch.float32)), call_of("BertModel", None)
-    assert explain(model).backbones[0].encoder.startswith("op by op, until a first call")
+    assert explain(model).backbones[0].encoder.startswith("op by op, until a call")
     patch(model, pack_weights=False)
     with torch.inference_mode():
         model(**call)

@@ -91,12 +91,6 @@ class NativeEncoder:
                 return "layers of different shapes"
         return None
 
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """What the GEMMs multiply, each kind once, in the order of the layers."""
-        weights = str(self._tensors[0].dtype).removeprefix("torch.")
-        return tuple(dict.fromkeys(place.operand or weights for layer in self._layers for place in layer.packs))
-
     def run(self, x: Tensor, packing: Packing) -> Tensor | None:
         """(tokens, hidden) to the last layer's output; None where this call has to go op by op."""
         if self.refusal is not None or not self._takes(x):
