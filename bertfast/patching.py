@@ -203,7 +203,8 @@ class BackboneReport:
     calls: how many ran packed, on the rectangle with fused layers, and on stock code. reasons: why calls, or parts of
     them, were not packed or not fused, with how often. native_calls: how many of them ran all layers in one call.
     encoder: whether the next one will, and in what precision, or why not. ops: the backend of each op for the model's
-    dtype and device, with what was refused. packed_bytes: memory of the packed weights.
+    dtype and device, with what was refused. packed_bytes: memory of the packed weights. workspace_bytes: what native
+    calls keep for further ones, once for each that ran at the same time.
     """
 
     name: str
@@ -219,6 +220,7 @@ class BackboneReport:
     encoder: str = ""
     ops: dict[str, dict[str, Any]] = field(default_factory=dict)
     packed_bytes: int = 0
+    workspace_bytes: int = 0
 
     def __str__(self) -> str:
         head = f"{self.name or '(the model itself)'}: {self.model}, {self.layers} layers, {self.dtype} on {self.device}"
@@ -231,6 +233,7 @@ class BackboneReport:
             *(f"    {n:>6}  {reason}" for reason, n in sorted(self.reasons.items(), key=lambda item: -item[1])),
             f"  encoder   {self.encoder}; {self.native_calls} calls in one piece",
             f"  packed    {self.packed_bytes / 1e6:.1f} MB of weights",
+            f"  workspace {self.workspace_bytes / 1e6:.1f} MB",
         ]
         for op, choice in self.ops.items():
             refused = "".join(f"; {backend}: {reason}" for backend, reason in choice["refused"].items())
@@ -290,6 +293,7 @@ def _explain(name: str, model: nn.Module) -> BackboneReport:
         encoder=_describe_encoder(state, layers, about["dtype"]),
         ops={line: {"backend": c.backend, "refused": dict(c.refused)} for line, c in choices.items()},
         packed_bytes=sum(m.__dict__[STATE].packs.nbytes for m in layers if STATE in m.__dict__),
+        workspace_bytes=0 if state.snapshot is None else state.snapshot.native.workspace_bytes,
     )
 
 

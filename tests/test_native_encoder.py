@@ -286,7 +286,7 @@ def test_threads_share_an_encoder() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert 0 < encoder.native._found[1]._built.encoder.workspace_bytes() < 8 * 60 * 96 * 200
+    assert 0 < encoder.native._found[1].workspace_bytes < 8 * 60 * 96 * 200
 
 
 def test_workspaces_do_not_grow_with_calls_or_with_batches() -> None:
@@ -295,7 +295,7 @@ def test_workspaces_do_not_grow_with_calls_or_with_batches() -> None:
     for sequences in (4, 40, 400, 4):
         lengths = [50] * sequences
         run(encoder, torch.randn(sum(lengths), 96), packing_of(lengths))
-        sizes.append(encoder.native._found[1]._built.encoder.workspace_bytes())
+        sizes.append(encoder.native._found[1].workspace_bytes)
     assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
 
 

@@ -91,6 +91,11 @@ class NativeEncoder:
                 return "layers of different shapes"
         return None
 
+    @property
+    def workspace_bytes(self) -> int:
+        """What is kept for further calls, besides the packed weights."""
+        return 0 if self._built is None else self._built.encoder.workspace_bytes()
+
     def run(self, x: Tensor, packing: Packing) -> Tensor | None:
         """(tokens, hidden) to the last layer's output; None where this call has to go op by op."""
         if self.refusal is not None or not self._takes(x):

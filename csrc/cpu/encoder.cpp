@@ -67,7 +67,19 @@ private:
 
 Encoder::Encoder(int64_t hidden, int64_t inner, int64_t heads, float eps, Activation activation,
                  std::vector<EncoderLayer> layers)
-    : hidden_(hidden), inner_(inner), heads_(heads), eps_(eps), activation_(activation), layers_(std::move(layers)) {}
+    : hidden_(hidden), inner_(inner), heads_(heads), eps_(eps), activation_(activation), layers_(std::move(layers)) {
+    for (const EncoderLayer& layer : layers_) {
+        for (Operand operand : {layer.qkv.operand, layer.up.operand})
+            if (operand != Operand::float32)
+                rows_.rounded = std::max(rows_.rounded, row_bytes(4 * hidden_ / elements_in_word(operand)));
+        if (layer.attention.operand == Operand::int8) rows_.rounded = std::max(rows_.rounded, row_bytes(hidden_));
+        const int64_t attended = size_of(dtype_for(layer.attention.operand));
+        rows_.context = std::max(rows_.context, row_bytes(hidden_ * attended));
+        rows_.qkv = std::max(rows_.qkv, 3 * hidden_ * attended);
+        rows_.activated = std::max(rows_.activated, row_bytes(inner_ * size_of(dtype_for(layer.down.operand))));
+        if (layer.down.operand == Operand::int8) rows_.quantised = row_bytes(inner_);
+    }
+}
 
 Encoder::~Encoder() = default;
 
@@ -94,14 +106,16 @@ void Encoder::give_back(std::unique_ptr<Workspace> workspace) const {
 void Encoder::run_group(DType dtype, const char* x, char* out, const Group& group, Workspace& workspace,
                         int threads) const {
     const int64_t tokens = group.tokens(), fed = std::min(tokens, feed_forward_rows);
-    const int64_t hidden_row = row_bytes(4 * hidden_), inner_row = row_bytes(4 * inner_);
-    workspace.begin(tokens * (3 * hidden_row + 12 * hidden_ + 8) + fed * (2 * inner_row + 8) + 16 * line);
-    float* const stream = workspace.take<float>(tokens * hidden_row);  // the residual stream
-    char* const rounded = workspace.take<char>(tokens * hidden_row);   // the same as a GEMM's operand
-    char* const context = workspace.take<char>(tokens * hidden_row);
-    char* const qkv = workspace.take<char>(tokens * 12 * hidden_);
-    char* const activated = workspace.take<char>(fed * inner_row);
-    char* const quantised = workspace.take<char>(fed * inner_row);
+    const int64_t hidden_row = row_bytes(4 * hidden_);
+    // QKV is done with before the feed-forward block begins.
+    const int64_t inner = std::max(tokens * rows_.qkv, fed * (rows_.activated + rows_.quantised));
+    workspace.begin(tokens * (hidden_row + rows_.rounded + rows_.context) + inner + 8 * (tokens + fed) + 16 * line);
+    float* const stream = workspace.take<float>(tokens * hidden_row);    // the residual stream
+    char* const rounded = workspace.take<char>(tokens * rows_.rounded);  // the same as a GEMM's operand
+    char* const context = workspace.take<char>(tokens * rows_.context);
+    char* const qkv = workspace.take<char>(inner);
+    char* const activated = qkv;
+    char* const quantised = activated + fed * rows_.activated;
     float* const scale = workspace.take<float>(4 * tokens);
     int32_t* const zero = workspace.take<int32_t>(4 * tokens);
     float* const fed_scale = workspace.take<float>(4 * fed);

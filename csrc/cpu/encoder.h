@@ -51,6 +51,9 @@ private:
     float eps_;
     Activation activation_;
     std::vector<EncoderLayer> layers_;
+    struct {
+        int64_t rounded = 0, context = 0, qkv = 0, activated = 0, quantised = 0;
+    } rows_;                                                   // bytes of a token in each piece of a workspace
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Workspace>> free_;     // those that no call is using
 };
