@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bertfast import explain, machine, native, patch, unpatch
 from bertfast.calls import STATE, LayerState
 from bertfast.layer import LayerPacks
+from bertfast.ops.packed import OneDnnPacked
 
 pytestmark = pytest.mark.skipif(native.cpu is None, reason=native.cpu_reason)
 
@@ -119,6 +120,19 @@ def test_a_processor_without_bfloat16_says_so_and_stays(monkeypatch: pytest.Monk
         model(**call)
     assert explain(model).backbones[0].options["compute"] is None
     assert "multiplying float32" in explain(model).backbones[0].encoder
+
+
+def test_bfloat16_is_left_to_onednn_on_processors_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_amx", lambda: True)
+    stock, call = build(), call_of("BertModel", mask_of("right"))
+    valid = call["attention_mask"].bool()
+    half = patch(copy.deepcopy(stock).float(), compute="bf16")
+    with torch.inference_mode():
+        ours, gold = half(**call).last_hidden_state[valid], stock(**call).last_hidden_state[valid]
+    assert ours.dtype == torch.float32 and error({"": ours}, {"": gold}) <= LIMITS["bfloat16"]
+    report = explain(half).backbones[0]
+    assert report.encoder.startswith("op by op: bfloat16 is left to oneDNN") and report.packed_bytes > 0
+    assert isinstance(half.encoder.layer[0].__dict__[STATE].packs.up._copy.packed, OneDnnPacked)
 
 
 def test_wrong_options() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bertfast import backend, native
+from bertfast import backend, machine, native
 from bertfast.layer import LayerPacks, LayerParameters, LayerSettings
 from bertfast.ops.packed import Packed, sample_of
 from bertfast.packing import Packing
@@ -75,10 +75,13 @@ class NativeEncoder:
             return f"{heads} heads do not divide a hidden size of {hidden}"
         if any(type(t) not in _PLAIN or t.dtype is not weight.dtype for t in self._tensors):
             return "weights of several kinds"
+        own = str(weight.dtype).removeprefix("torch.")
         for layer in self._layers:
             p, s = layer.parameters, layer.settings
             if layer.packs.qkv is None:
                 return "weights are not packed (pack_weights=False)"
+            if machine.has_amx() and any((place.operand or own) == "bfloat16" for place in layer.packs):
+                return "bfloat16 is left to oneDNN on processors with AMX"
             if s.attention_dropout or s.attention_output_dropout or s.output_dropout:
                 return "dropout"
             if (s.heads, s.eps, s.activation) != (first.heads, first.eps, first.activation) or (
