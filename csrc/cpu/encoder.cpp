@@ -103,99 +103,141 @@ void Encoder::give_back(std::unique_ptr<Workspace> workspace) const {
     free_.push_back(std::move(workspace));
 }
 
-void Encoder::run_group(DType dtype, const char* x, char* out, const Group& group, Workspace& workspace,
-                        int threads) const {
-    const int64_t tokens = group.tokens(), fed = std::min(tokens, feed_forward_rows);
-    const int64_t hidden_row = row_bytes(4 * hidden_);
-    // QKV is done with before the feed-forward block begins.
-    const int64_t inner = std::max(tokens * rows_.qkv, fed * (rows_.activated + rows_.quantised));
-    workspace.begin(tokens * (hidden_row + rows_.rounded + rows_.context) + inner + 8 * (tokens + fed) + 16 * line);
-    float* const stream = workspace.take<float>(tokens * hidden_row);    // the residual stream
-    char* const rounded = workspace.take<char>(tokens * rows_.rounded);  // the same as a GEMM's operand
-    char* const context = workspace.take<char>(tokens * rows_.context);
-    char* const qkv = workspace.take<char>(inner);
-    char* const activated = qkv;
-    char* const quantised = activated + fed * rows_.activated;
-    float* const scale = workspace.take<float>(4 * tokens);
-    int32_t* const zero = workspace.take<int32_t>(4 * tokens);
-    float* const fed_scale = workspace.take<float>(4 * fed);
-    int32_t* const fed_zero = workspace.take<int32_t>(4 * fed);
-    const int64_t stream_stride = hidden_row / 4;
+// One group's way through the layers: where its tensors are, and the steps.
+class Encoder::Pass {
+public:
+    Pass(const Encoder& encoder, const Group& group, Workspace& workspace, int threads)
+        : encoder_(encoder), group_(group), threads_(threads), tokens_(group.tokens()), hidden_(encoder.hidden_),
+          inner_(encoder.inner_), fed_(std::min(tokens_, feed_forward_rows)), stream_row_(row_bytes(4 * hidden_)) {
+        const auto& rows = encoder.rows_;
+        // QKV is done with before the feed-forward block begins.
+        const int64_t shared = std::max(tokens_ * rows.qkv, fed_ * (rows.activated + rows.quantised));
+        const int64_t each = stream_row_ + rows.rounded + rows.context + 8;
+        workspace.begin(tokens_ * each + shared + 8 * fed_ + 16 * line);
+        stream_ = workspace.take<float>(tokens_ * stream_row_);
+        rounded_ = workspace.take<char>(tokens_ * rows.rounded);
+        context_ = workspace.take<char>(tokens_ * rows.context);
+        qkv_ = workspace.take<char>(shared);
+        activated_ = qkv_;
+        quantised_ = activated_ + fed_ * rows.activated;
+        scale_ = workspace.take<float>(4 * tokens_);
+        zero_ = workspace.take<int32_t>(4 * tokens_);
+        fed_scale_ = workspace.take<float>(4 * fed_);
+        fed_zero_ = workspace.take<int32_t>(4 * fed_);
+    }
 
-    const auto rows_for = [&](Operand operand) -> OperandRows {
-        if (operand == Operand::float32) return {operand, stream, hidden_row, nullptr, nullptr};
-        return {operand, rounded, row_bytes(hidden_ * 4 / elements_in_word(operand)), scale, zero};
-    };
-    // What operand_fwd has to write besides the stream.
-    const auto besides = [&](Operand operand) -> OperandRows {
-        return operand == Operand::float32 ? OperandRows{} : rows_for(operand);
-    };
-    const auto multiply = [&](const PackedLinear& linear, const OperandRows& rows, int64_t count, int64_t cols,
-                              int64_t depth, Activation activation, const float* residual, DType out_dtype,
-                              void* result, int64_t stride) {
-        gemm_fwd({rows, linear.weight, linear.scale, linear.sums, linear.bias, activation, residual, stream_stride,
-                  out_dtype, result, stride, count, cols, depth},
-                 threads);
-    };
+    void begin(DType dtype, const char* x, Operand next) {
+        operand_fwd({dtype, x, hidden_, nullptr, nullptr, 0, DType::float32, stream_, stream_stride(), besides(next),
+                     tokens_, hidden_},
+                    threads_);
+    }
 
-    operand_fwd({dtype, x, hidden_, nullptr, nullptr, 0, DType::float32, stream, stream_stride,
-                 besides(layers_.front().qkv.operand), tokens, hidden_},
-                threads);
-    for (size_t i = 0; i < layers_.size(); ++i) {
-        const EncoderLayer& layer = layers_[i];
-
-        const DType attended = dtype_for(layer.attention.operand);
-        multiply(layer.qkv, rows_for(layer.qkv.operand), tokens, 3 * hidden_, hidden_, Activation::none, nullptr,
-                 attended, qkv, 3 * hidden_);
-        const int64_t context_row = row_bytes(hidden_ * size_of(attended)), head_size = hidden_ / heads_;
+    // stream += Attention(stream) W + b
+    void attend(const EncoderLayer& layer) {
+        const DType dtype = dtype_for(layer.attention.operand);
+        const int64_t row = row_bytes(hidden_ * size_of(dtype)), head_size = hidden_ / encoder_.heads_;
+        multiply(layer.qkv, rows_for(layer.qkv.operand), tokens_, 3 * hidden_, hidden_, Activation::none, nullptr, dtype,
+                 qkv_, 3 * hidden_);
         // The rows end within a word: what a GEMM reads beyond them meets weights of 0, and must be a number.
-        if (hidden_ % 2) std::memset(context, 0, static_cast<size_t>(tokens * context_row));
-        varlen_attention_fwd({attended, qkv, 3 * hidden_, hidden_, head_size, group.cu_seqlens.data(), context, nullptr,
-                              tokens, group.sequences(), heads_, head_size, layer.scale, {},
-                              context_row / size_of(attended)},
-                             threads);
-        OperandRows attention_rows = {layer.attention.operand, context, context_row, nullptr, nullptr};
+        if (hidden_ % 2) std::memset(context_, 0, static_cast<size_t>(tokens_ * row));
+        varlen_attention_fwd({dtype, qkv_, 3 * hidden_, hidden_, head_size, group_.cu_seqlens.data(), context_, nullptr,
+                              tokens_, group_.sequences(), encoder_.heads_, head_size, layer.scale, {},
+                              row / size_of(dtype)},
+                             threads_);
+        OperandRows rows = {layer.attention.operand, context_, row, nullptr, nullptr};
         if (layer.attention.operand == Operand::int8) {
-            attention_rows = rows_for(Operand::int8);
-            operand_fwd({attended, context, context_row / 2, nullptr, nullptr, 0, attended, nullptr, 0, attention_rows, tokens,
-                         hidden_},
-                        threads);
+            rows = rows_for(Operand::int8);
+            quantise(dtype, context_, row, rows, tokens_, hidden_);
         }
-        multiply(layer.attention, attention_rows, tokens, hidden_, hidden_, Activation::none, stream, DType::float32, stream,
-                 stream_stride);
-        operand_fwd({DType::float32, stream, stream_stride, layer.norms[0], layer.norms[1],
-                     eps_, DType::float32, stream, stream_stride, besides(layer.up.operand), tokens, hidden_},
-                    threads);
+        multiply(layer.attention, rows, tokens_, hidden_, hidden_, Activation::none, stream_, DType::float32, stream_,
+                 stream_stride());
+    }
 
-        const DType fed_dtype = dtype_for(layer.down.operand);
-        const int64_t fed_row = row_bytes(inner_ * size_of(fed_dtype)), blocks = (tokens + fed - 1) / fed;
+    // stream += GELU(stream W1 + b1) W2 + b2, some rows at a time.
+    void feed_forward(const EncoderLayer& layer) {
+        const DType dtype = dtype_for(layer.down.operand);
+        const int64_t row = row_bytes(inner_ * size_of(dtype)), blocks = (tokens_ + fed_ - 1) / fed_;
         for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t first = block * tokens / blocks, count = (block + 1) * tokens / blocks - first;
+            const int64_t first = block * tokens_ / blocks, count = (block + 1) * tokens_ / blocks - first;
             OperandRows rows = rows_for(layer.up.operand);
             rows.data = static_cast<char*>(rows.data) + first * rows.stride;
             if (layer.up.operand == Operand::int8) rows.scale += first, rows.zero += first;
-            if (inner_ % 2) std::memset(activated, 0, static_cast<size_t>(count * fed_row));
-            multiply(layer.up, rows, count, inner_, hidden_, activation_, nullptr, fed_dtype, activated, fed_row / size_of(fed_dtype));
-            rows = {layer.down.operand, activated, fed_row, nullptr, nullptr};
+            if (inner_ % 2) std::memset(activated_, 0, static_cast<size_t>(count * row));  // as in attend
+            multiply(layer.up, rows, count, inner_, hidden_, encoder_.activation_, nullptr, dtype, activated_,
+                     row / size_of(dtype));
+            rows = {layer.down.operand, activated_, row, nullptr, nullptr};
             if (layer.down.operand == Operand::int8) {
-                rows = {Operand::int8, quantised, row_bytes(inner_), fed_scale, fed_zero};
-                operand_fwd({fed_dtype, activated, fed_row / 2, nullptr, nullptr, 0, fed_dtype, nullptr, 0, rows, count, inner_},
-                            threads);
+                rows = {Operand::int8, quantised_, row_bytes(inner_), fed_scale_, fed_zero_};
+                quantise(dtype, activated_, row, rows, count, inner_);
             }
-            float* const here = stream + first * stream_stride;
-            multiply(layer.down, rows, count, hidden_, inner_, Activation::none, here, DType::float32, here, stream_stride);
+            float* const here = stream_ + first * stream_stride();
+            multiply(layer.down, rows, count, hidden_, inner_, Activation::none, here, DType::float32, here,
+                     stream_stride());
         }
+    }
 
-        OperandOf norm = {DType::float32, stream, stream_stride, layer.norms[2], layer.norms[3],
-                          eps_, DType::float32, stream, stream_stride, {}, tokens, hidden_};
-        if (i + 1 < layers_.size()) {
-            norm.rows_out = besides(layers_[i + 1].qkv.operand);
-        } else {
-            norm.out_dtype = dtype;
-            norm.out = out;
-            norm.out_stride = hidden_;
-        }
-        operand_fwd(norm, threads);
+    // stream = LN(stream), and the operand of the next GEMM.
+    void normalise(const float* weight, const float* bias, Operand next) {
+        operand_fwd({DType::float32, stream_, stream_stride(), weight, bias, encoder_.eps_, DType::float32, stream_,
+                     stream_stride(), besides(next), tokens_, hidden_},
+                    threads_);
+    }
+
+    // out = LN(stream)
+    void end(const float* weight, const float* bias, DType dtype, char* out) {
+        operand_fwd({DType::float32, stream_, stream_stride(), weight, bias, encoder_.eps_, dtype, out, hidden_, {},
+                     tokens_, hidden_},
+                    threads_);
+    }
+
+private:
+    int64_t stream_stride() const { return stream_row_ / 4; }
+
+    // The stream as a GEMM's operand, and what operand_fwd has to write for that.
+    OperandRows rows_for(Operand operand) const {
+        if (operand == Operand::float32) return {operand, stream_, stream_row_, nullptr, nullptr};
+        return {operand, rounded_, row_bytes(4 * hidden_ / elements_in_word(operand)), scale_, zero_};
+    }
+    OperandRows besides(Operand operand) const {
+        return operand == Operand::float32 ? OperandRows{} : rows_for(operand);
+    }
+
+    void quantise(DType dtype, const char* x, int64_t row, const OperandRows& rows, int64_t count, int64_t cols) {
+        operand_fwd({dtype, x, row / size_of(dtype), nullptr, nullptr, 0, dtype, nullptr, 0, rows, count, cols},
+                    threads_);
+    }
+
+    void multiply(const PackedLinear& linear, const OperandRows& rows, int64_t count, int64_t cols, int64_t depth,
+                  Activation activation, const float* residual, DType dtype, void* out, int64_t stride) {
+        gemm_fwd({rows, linear.weight, linear.scale, linear.sums, linear.bias, activation, residual, stream_stride(),
+                  dtype, out, stride, count, cols, depth},
+                 threads_);
+    }
+
+    const Encoder& encoder_;
+    const Group& group_;
+    const int threads_;
+    const int64_t tokens_, hidden_, inner_, fed_, stream_row_;
+    float* stream_;                                            // the residual stream
+    char* rounded_;                                            // the same as an operand that is not float32
+    char *context_, *qkv_, *activated_, *quantised_;
+    float *scale_, *fed_scale_;
+    int32_t *zero_, *fed_zero_;
+};
+
+void Encoder::run_group(DType dtype, const char* x, char* out, const Group& group, Workspace& workspace,
+                        int threads) const {
+    Pass pass(*this, group, workspace, threads);
+    pass.begin(dtype, x, layers_.front().qkv.operand);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const EncoderLayer& layer = layers_[i];
+        pass.attend(layer);
+        pass.normalise(layer.norms[0], layer.norms[1], layer.up.operand);
+        pass.feed_forward(layer);
+        if (i + 1 < layers_.size())
+            pass.normalise(layer.norms[2], layer.norms[3], layers_[i + 1].qkv.operand);
+        else
+            pass.end(layer.norms[2], layer.norms[3], dtype, out);
     }
 }
 

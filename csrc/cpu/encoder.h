@@ -42,6 +42,7 @@ public:
 
 private:
     struct Group;
+    class Pass;
     class Workspace;
     void run_group(DType dtype, const char* x, char* out, const Group& group, Workspace& workspace, int threads) const;
     std::unique_ptr<Workspace> take() const;

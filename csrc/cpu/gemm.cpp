@@ -68,11 +68,13 @@ struct Int8 {
 #if defined(__AVX512VNNI__)
         return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #elif defined(__AVX512BW__)
-        const __m512i even = _mm512_madd_epi16((__m512i)(x & 0x00ff00ffu), _mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8));
+        const __m512i low = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8);
+        const __m512i even = _mm512_madd_epi16((__m512i)(x & 0x00ff00ffu), low);
         const __m512i odd = _mm512_madd_epi16((__m512i)((x >> 8) & 0x00ff00ffu), _mm512_srai_epi16((__m512i)w, 8));
         return sum + (VecI)_mm512_add_epi32(even, odd);
 #elif defined(__AVX2__)
-        const __m256i even = _mm256_madd_epi16((__m256i)(x & 0x00ff00ffu), _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8));
+        const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8);
+        const __m256i even = _mm256_madd_epi16((__m256i)(x & 0x00ff00ffu), low);
         const __m256i odd = _mm256_madd_epi16((__m256i)((x >> 8) & 0x00ff00ffu), _mm256_srai_epi16((__m256i)w, 8));
         return sum + (VecI)_mm256_add_epi32(even, odd);
 #else
@@ -194,8 +196,8 @@ void multiply(const Gemm& g, int threads) {
                     multiply_rows<Kind, max_rows>(count, end - k, x + row * g.x.stride + 4 * k, g.x.stride, w, panel,
                                                   sums, piece > 0);
                     if (piece + 1 == pieces) {
-                        const int64_t column = pair * tile_columns;
-                        run(g, row, count, column, column + tile_columns < g.cols ? tile_columns : g.cols - column, sums);
+                        const int64_t column = pair * tile_columns, rest = g.cols - column;
+                        run(g, row, count, column, rest < tile_columns ? rest : tile_columns, sums);
                     }
                     if (pieces > 1) sums += tile_size;
                 }

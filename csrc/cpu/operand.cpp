@@ -25,8 +25,8 @@ BERTFAST_INLINE void store_bytes(uint8_t* p, Vec numbers, int count) {
 BERTFAST_INLINE int lanes_in(All) { return lanes; }
 BERTFAST_INLINE int lanes_in(First first) { return first.n; }
 
-// u = round(value / scale) + zero, with a scale and a zero such that 0 .. 255 span the row's values and 0. The scale is 0
-// for a row of zeros, or of values so small that 1 / scale overflows.
+// u = round(value / scale) + zero, with a scale and a zero such that 0 .. 255 span the row's values and 0. The scale is
+// 0 for a row of zeros, or of values so small that 1 / scale overflows.
 void quantise(const float* row, int64_t cols, uint8_t* out, float* scale, int32_t* zero) {
     Vec lowest = {}, highest = {}, check = {};
     for_columns(cols, [&](int64_t j, auto n) {

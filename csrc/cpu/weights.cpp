@@ -75,12 +75,11 @@ void pack_weights(Operand operand, DType dtype, const void* weight, int64_t firs
     const int64_t panels = (rows + panel_columns - 1) / panel_columns;
     parallel_for(panels, threads, [&](int64_t panel) {
         const int64_t end = (panel + 1) * panel_columns < rows ? (panel + 1) * panel_columns : rows;
-        for (int64_t row = panel * panel_columns; row < end; ++row) {
-            if (dtype == DType::float32)
-                pack_row(operand, static_cast<const float*>(weight) + row * depth, first + row, depth, packed, scale, sums);
-            else
-                pack_row(operand, static_cast<const uint16_t*>(weight) + row * depth, first + row, depth, packed, scale, sums);
-        }
+        const auto pack = [&](const auto* weights) {
+            for (int64_t row = panel * panel_columns; row < end; ++row)
+                pack_row(operand, weights + row * depth, first + row, depth, packed, scale, sums);
+        };
+        dtype == DType::float32 ? pack(static_cast<const float*>(weight)) : pack(static_cast<const uint16_t*>(weight));
     });
 }
 
