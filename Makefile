@@ -15,7 +15,7 @@ TRANSFORMERS_TESTS = $(VENV)/transformers-tests
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OLD_TESTS = $(addsuffix .py,$(addprefix tests/test_,patching planning seams snapshot flattened families architectures \
 	word_loss heads model checkpoint cli runner tasks finetune trainer pipelines adapters distributed ecosystem \
-	properties transformers_common))
+	properties compute gate quantization transformers_common))
 
 EXTRAS = test,dev,transformers,sentence-transformers,plots,train
 # make bench SET=full takes an hour; BENCH has further options of python -m benchmarks.
