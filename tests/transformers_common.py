@@ -315,8 +315,9 @@ def _tensors(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{place}[{i}]")
 
 
-# Relative to the largest value. Weights of these models are small and the fused ops round less often than stock code: on
-# a CPU the residual stream stays float32, and it is stock's error, twice ours, that makes most of bfloat16's difference.
+# Relative to the largest value. Weights of these models are small and the fused ops round less often than stock code:
+# on a CPU the residual stream stays float32, and it is stock's error, twice ours, that makes most of the difference in
+# bfloat16.
 _TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
