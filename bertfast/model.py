@@ -152,7 +152,10 @@ class OwnEncoder:
 
     def run(self, layers: nn.ModuleList, hidden: Tensor, packing: Packing) -> Tensor | None:
         """(tokens, hidden) to the same; None where the layers have to be called one by one."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and hidden.requires_grad) or global_hooks():
+        if torch.compiler.is_compiling() or global_hooks():
+            return None
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            self._found = None  # which would keep packed weights while the model is trained
             return None
         found = self._found
         if found is None or not found[0].holds():

@@ -325,6 +325,17 @@ def test_copies_and_pickles_are_encoders_of_their_own() -> None:
     assert torch.equal(run(encoder, x, packing), out)
 
 
+def test_training_does_not_keep_packed_weights() -> None:
+    encoder, packing, x = make(), packing_of([3]), torch.randn(3, 96)
+    for hidden in (x, x.clone().requires_grad_()):
+        run(encoder, x, packing)
+        storage = torch.multiprocessing.reductions.StorageWeakRef(
+            encoder.layer[0].packs.up._copy.packed.weight.untyped_storage()
+        )
+        encoder(hidden, packing).sum().backward()
+        assert storage.expired()
+
+
 def test_a_model_that_is_gone_takes_its_packed_weights_along() -> None:
     encoder, packing, x = make(), packing_of([3]), torch.randn(3, 96)
     run(encoder, x, packing)

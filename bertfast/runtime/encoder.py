@@ -103,6 +103,9 @@ class NativeEncoder:
         """(tokens, hidden) to the last layer's output; None where this call has to go op by op."""
         if self.refusal is not None or not self._takes(x):
             return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in self._tensors)):
+            self.clear()  # as `linear` does: training does not pay for packed weights
+            return None
         built = self._built
         if built is None or not built.is_of(self._tensors):
             built = self._built = self._build(x)
@@ -124,9 +127,11 @@ class NativeEncoder:
             return False
         if backend.current() not in ("auto", "cpu") or torch.is_autocast_enabled("cpu"):
             return False
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return False
-        return not (torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in self._tensors)))
+        return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+
+    def clear(self) -> None:
+        """Let go of the packed weights; the next inference call takes those of the `packs`, or makes new ones."""
+        self._built = None
 
     def _build(self, x: Tensor) -> _Built | None:
         settings, scales = self._layers[0].settings, [layer.scale for layer in self._layers]
