@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bertfast import native, reference
+from bertfast.ops import registry
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/cpu/kernels.h numbers them
 
 
 def statistics(rows: int, save: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -25,5 +26,4 @@ def launch(name: str, dtype: torch.dtype, *arguments: Any) -> Any:
 
     The arguments tuple keeps every tensor alive until the launcher returns.
     """
-    raw = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    return getattr(native.cpu, name)(_DTYPES[dtype], *raw, torch.get_num_threads())
+    return getattr(native.cpu, name)(DTYPES[dtype], *registry.addresses(*arguments), torch.get_num_threads())

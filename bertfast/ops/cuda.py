@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bertfast import native, reference
+from bertfast.ops import registry
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -33,7 +34,6 @@ def launch(name: str, x: Tensor, *arguments: Any) -> Any:
     It runs on the current stream of that device, which comes last; so does whatever reuses the memory of the
     arguments, and a temporary may go as soon as this returns. Raises RuntimeError where the kernel cannot be launched.
     """
-    raw = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        return getattr(native.cuda, name)(_DTYPES[x.dtype], *raw, stream)
+        return getattr(native.cuda, name)(_DTYPES[x.dtype], *registry.addresses(*arguments), stream)

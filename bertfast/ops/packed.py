@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from bertfast import machine, native
-from bertfast.ops import gemm, registry
+from bertfast.ops import cpu, gemm, registry
 
 # What a GEMM multiplies, as csrc/cpu/kernels.h numbers it.
 OPERANDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 # An activation's number there, and its two names in oneDNN.
 ACTIVATIONS = {"none": (0, "none", ""), "gelu": (1, "gelu", "none"), "gelu_tanh": (2, "gelu", "tanh")}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LINE = 64
 
 
@@ -44,42 +43,42 @@ class Packed(NamedTuple):
             scale, sums = torch.empty(columns), torch.empty(columns, dtype=torch.int32)
         first = 0
         for w in weights:
-            rows = w.shape[0]
-            arguments = code, w.data_ptr(), first, rows, depth, packed.data_ptr(), *_addresses(scale, sums)
-            native.cpu.pack_weights(_DTYPES[w.dtype], *arguments, torch.get_num_threads())
-            first += rows
+            cpu.launch("pack_weights", w.dtype, code, w, first, w.shape[0], depth, packed, scale, sums)
+            first += w.shape[0]
         bias = torch.cat([b.detach().float() for b in biases]) if biases else None
         return cls(operand, packed, scale, sums, bias, columns, depth)
 
     def linear(self, x: Tensor, activation: str) -> Tensor:
         """activation(x W^T + b) in x's dtype; x: (tokens, in_features)."""
-        x, rows = x.contiguous(), x.shape[0]
+        x, rows, code = x.contiguous(), x.shape[0], OPERANDS[self.operand]
         out = x.new_empty(rows, self.out_features)
-        code, dtype, threads = OPERANDS[self.operand], _DTYPES[x.dtype], torch.get_num_threads()
         stride = self.in_features * x.element_size()
         operand, scale, zero = x, None, None
         # Rows a multiple of 4 KB apart would all fall into the same few sets of the first-level cache.
-        if dtype != code or stride % 4 or (stride % 4096 == 0 and rows > 8):
+        if cpu.DTYPES[x.dtype] != code or stride % 4 or (stride % 4096 == 0 and rows > 8):
             wide = self.in_features * 4 >> code
             stride = (-(-wide // _LINE) | 1) * _LINE
             operand = torch.empty(rows * stride, dtype=torch.uint8)
             if self.operand == "int8":
                 scale, zero = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-            source = x.data_ptr(), self.in_features, 0, 0, 0.0, 0, 0, 0
-            made = operand.data_ptr(), stride, *_addresses(scale, zero)
-            native.cpu.operand_fwd(dtype, *source, code, *made, rows, self.in_features, threads)
-        weight = self.weight.data_ptr(), *_addresses(self.scale, self.sums, self.bias)
-        native.cpu.gemm_fwd(
-            *(dtype, code, operand.data_ptr(), stride, *_addresses(scale, zero)),
-            *(*weight, ACTIVATIONS[activation][0], 0, 0, out.data_ptr(), self.out_features),
-            *(rows, self.out_features, self.in_features, threads),
+            source = x, self.in_features, None, None, 0.0, 0, None, 0  # no norm, and nothing but the operand
+            made = code, operand, stride, scale, zero
+            cpu.launch("operand_fwd", x.dtype, *source, *made, rows, self.in_features)
+        weight = self.weight, self.scale, self.sums, self.bias
+        residual = None, 0
+        cpu.launch(
+            "gemm_fwd",
+            x.dtype,
+            *(code, operand, stride, scale, zero),
+            *(*weight, ACTIVATIONS[activation][0], *residual, out, self.out_features),
+            *(rows, self.out_features, self.in_features),
         )
         return out
 
     @property
-    def addresses(self) -> tuple[int, int, int, int, int]:
+    def addresses(self) -> list[int]:
         """As csrc/cpu/encoder.h wants a GEMM's parameters."""
-        return OPERANDS[self.operand], self.weight.data_ptr(), *_addresses(self.scale, self.sums, self.bias)
+        return registry.addresses(OPERANDS[self.operand], self.weight, self.scale, self.sums, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -111,10 +110,6 @@ class OneDnnPacked(NamedTuple):
     def nbytes(self) -> int:
         """Bytes that the copy holds, without oneDNN's own padding."""
         return self.weight.numel() * self.weight.element_size()
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 class PackedWeights:

@@ -118,3 +118,8 @@ def check_like(x: Tensor, **others: tuple[Tensor, Sequence[int]]) -> None:
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, row-major and without gaps; copies where they were not."""
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def addresses(*arguments: Any) -> list[Any]:
+    """The arguments with tensors' addresses in place of tensors, and 0 in place of None."""
+    return [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from bertfast import backend, machine, native
 from bertfast.layer import LayerPacks, LayerParameters, LayerSettings
-from bertfast.ops.packed import Packed, sample_of
+from bertfast.ops import cpu, registry
+from bertfast.ops.packed import ACTIVATIONS, Packed, sample_of
 from bertfast.packing import Packing
 
-_ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -69,7 +68,7 @@ class NativeEncoder:
         hidden, heads = weight.shape[1], first.heads
         if weight.device.type != "cpu":
             return f"the weights are on {weight.device}"
-        if weight.dtype not in _DTYPES:
+        if weight.dtype not in cpu.DTYPES:
             return f"{str(weight.dtype).removeprefix('torch.')} weights"
         if hidden % heads:
             return f"{heads} heads do not divide a hidden size of {hidden}"
@@ -85,7 +84,7 @@ class NativeEncoder:
             if s.attention_dropout or s.attention_output_dropout or s.output_dropout:
                 return "dropout"
             if (s.heads, s.eps, s.activation) != (first.heads, first.eps, first.activation) or (
-                s.activation not in _ACTIVATIONS
+                s.activation not in ACTIVATIONS
             ):
                 return "layers with different settings"
             shapes = [w.shape for w in (*p.qkv_weights, p.attention_weight, p.up_weight, p.down_weight)]
@@ -113,9 +112,9 @@ class NativeEncoder:
                 return None
         x = x.contiguous()
         out, cu_seqlens = torch.empty_like(x), packing.cu_seqlens.contiguous()
-        addresses = x.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr()
+        addresses = registry.addresses(x, out, cu_seqlens)
         sizes = x.shape[0], cu_seqlens.shape[0] - 1
-        built.encoder.run(_DTYPES[x.dtype], *addresses, *sizes, torch.get_num_threads())
+        built.encoder.run(cpu.DTYPES[x.dtype], *addresses, *sizes, torch.get_num_threads())
         return out
 
     def _takes(self, x: Tensor) -> bool:
@@ -134,9 +133,9 @@ class NativeEncoder:
         self._built = None
 
     def _build(self, x: Tensor) -> _Built | None:
-        settings, scales = self._layers[0].settings, [layer.scale for layer in self._layers]
+        settings = self._layers[0].settings
         native_layers, keep = [], []
-        for layer, scale in zip(self._layers, scales, strict=True):
+        for layer in self._layers:
             p, packs = layer.parameters, layer.packs
             inner = x.new_empty(0, p.up_weight.shape[0])
             packed = [
@@ -152,10 +151,10 @@ class NativeEncoder:
                 for t in (p.attention_norm_weight, p.attention_norm_bias, p.output_norm_weight, p.output_norm_bias)
             ]
             keep += [*packed, *norms]
-            native_layers.append(([c.addresses for c in packed], [t.data_ptr() for t in norms], scale))
+            native_layers.append(([c.addresses for c in packed], registry.addresses(*norms), layer.scale))
         up = self._layers[0].parameters.up_weight
         sizes = up.shape[1], up.shape[0], settings.heads
-        encoder = native.cpu.Encoder(*sizes, settings.eps, _ACTIVATIONS[settings.activation], native_layers)
+        encoder = native.cpu.Encoder(*sizes, settings.eps, ACTIVATIONS[settings.activation][0], native_layers)
         addresses, versions = [t.data_ptr() for t in self._tensors], [t._version for t in self._tensors]
         return _Built(encoder, keep, addresses, versions, sample_of(self._tensors))
 
