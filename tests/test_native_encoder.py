@@ -314,6 +314,14 @@ def test_memory_does_not_grow_over_ten_thousand_calls_of_any_shape() -> None:
     assert resident() - before < 2**22
 
 
+def test_the_workspace_of_bert_base_is_what_the_readme_says() -> None:
+    encoder = make(hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=1)
+    for sequences in (16, 33):
+        run(encoder, torch.randn(128 * sequences, 768), packing_of([128] * sequences))
+    megabytes = f"{encoder.native._found[1].workspace_bytes / 1e6:.0f} MB for BERT-base in float32"
+    assert megabytes in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
 def test_copies_and_pickles_are_encoders_of_their_own() -> None:
     encoder, packing, x = make("bfloat16"), packing_of([10, 20]), torch.randn(30, 96)
     out = run(encoder, x, packing)
